@@ -1,0 +1,321 @@
+"""Compare trained runs on held-out samples: with and without memory, and with the controls a fair reading needs.
+
+    python evaluate.py                        the latest run and its control
+    python evaluate.py runs/a runs/b ...      any runs of the same data; runs that differ in the seed alone are
+                                              averaged, with the spread over seeds
+    python evaluate.py --exposure             the exposure-bias curves (Fig. 3), static and sequential loss beside
+                                              the ratio, as a table and exposure.png
+
+The rows of the table say what phi is written from. "nothing" is theta alone, the paper's "train-only" for a model that
+was trained with memory; "its prompt" is "train & inference". "another prompt" shows how much of that has nothing to
+do with memory. "the answers" is the loss that training itself reports: phi has seen these very tokens, so it compares
+with nothing.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import memdlm
+from train import Settings, add_flags, latest_run, one_line, open_run, pyplot, read_settings, write_whole
+
+CHUNK = 50  # samples measured at once
+
+
+class Row(NamedTuple):
+    """A row of the table: what phi is written from."""
+    label: str
+    s: Settings       # of the inner loop
+    source: str       # nothing, prompt, another or answers
+    role: str = ""    # "own" and "other" mark the pair that the summary compares
+
+
+# ---- What phi is written from: each row of the table --------------------------------------------------
+
+def phi_of_prompt(model, s, batch, shift=0):
+    """Prompt adaptation (4.5). shift=1 gives each sample the phi of its neighbour's prompt."""
+    prompt, valid = batch.prompt.roll(shift, 0), batch.prompt_valid.roll(shift, 0)
+    return memdlm.adapt(model.backbone, s, prompt, valid, batch.seeds)[0]
+
+
+def phi_of_answers(model, s, batch, t, xt, masked):
+    """What training writes: the inner loop on the noised response itself, and its answers."""
+    h = memdlm.below(model.backbone, s, xt, batch.valid).detach()
+    return memdlm.write_from_response(model.backbone, s, batch, t, xt, masked, h)[0]
+
+
+def rows_for(s, changes):
+    """The rows of a run with settings s; `changes` are inner-loop settings from the command line."""
+    def row(source, role="", **other):
+        inner = replace(s, **other)
+        masks = "paper's masks" if inner.trajectory == "consistent" else inner.trajectory
+        name = {"prompt": "its prompt", "another": "another prompt"}[source]
+        extra = "".join(f", {k} {v}" for k, v in other.items() if k not in ("trajectory", "inner_lr", "inner_steps"))
+        return Row(f"{name}, {masks}, eta {inner.inner_lr:g}{extra}", inner, source, role)
+
+    paper, rows = dict(trajectory="consistent", inner_steps=2), [Row("nothing (theta alone)", s, "nothing", "alone")]
+    if s.memory and s.memory_from == "prompt":  # it has learned to read phi written this way
+        rows += [row("prompt", "own"), row("another", "other"), row("prompt", **paper)]
+    else:
+        cover = dict(trajectory="cover:4", inner_lr=0.3)
+        rows += [row("prompt", **paper, inner_lr=0.1), row("another", **paper, inner_lr=0.1),
+                 row("prompt", "own", **cover), row("another", "other", **cover)]
+        if s.memory:
+            rows.insert(1, row("prompt", **paper))
+            rows.append(Row(f"the answers, eta {s.inner_lr:g} (leaks)", s, "answers", "leak"))
+    return rows + ([row("prompt", **changes), row("another", **changes)] if changes else [])
+
+
+# ---- Measuring ----------------------------------------------------------------------------------------
+
+def measure(model, s, source, batch, metric):
+    """One number per sample, [B]: share of answer tokens right after decoding, or nats per masked answer token."""
+    t = memdlm.uniform(batch.seeds, "t", 1)[:, 0]
+    u = memdlm.uniform(batch.seeds, "anchor", batch.x0.shape[1])
+    # At least one masked token, so that every sample has a loss.
+    masked = batch.maskable & ((u < t[:, None]) | (memdlm.order(batch.maskable, u) == 0))
+    if metric == "accuracy":
+        masked = batch.maskable
+    xt = torch.where(masked, model.backbone.mask_id, batch.x0)
+    phi = {"nothing": lambda: None,
+           "prompt": lambda: phi_of_prompt(model, s, batch),
+           "another": lambda: phi_of_prompt(model, s, batch, shift=1),
+           "answers": lambda: phi_of_answers(model, s, batch, t, xt, masked)}[source]()
+    if metric == "nats":
+        nll = memdlm.response_nll(model.backbone, s, batch.x0, masked, batch.valid, phi)
+        return nll.sum(1) / masked.sum(1)
+    canvas = xt
+    for canvas in memdlm.denoise(model.backbone, s, batch.x0, masked, batch.valid, batch.seeds, phi):
+        pass
+    right = (canvas == batch.x0) & masked
+    return right.sum(1) / masked.sum(1)
+
+
+def run_values(folder, samples, changes):
+    """Settings, data and {(row label, column): [samples]} of one run, with the label of each role."""
+    s, data, model = open_run(folder)
+    values, roles = {}, {}
+    for row in tqdm(rows_for(s, changes), desc=f"measuring {folder}", unit="row", leave=False):
+        roles[row.role] = row.label
+        for column in data.columns:
+            parts = []
+            for start in range(0, samples, CHUNK):
+                batch, _ = data.tests(column, min(CHUNK, samples - start), s.closed_book, seed=f"test {start}")
+                parts.append(measure(model, row.s, row.source, batch, data.metric))
+            values[row.label, column] = torch.cat(parts).double()
+    return s, data, values, roles
+
+
+def kind_of(s):
+    """A run's name in the table."""
+    if not s.memory:
+        return "MDLM, closed book" if s.closed_book else "MDLM (no memory in training)"
+    book = "closed book" if s.closed_book else "sees the prompt"
+    return f"MemDLM, memory written from the {s.memory_from}, {book}"
+
+
+class Group(NamedTuple):
+    """Runs that differ in the seed alone."""
+    s: Settings
+    values: dict   # (row label, column) -> [runs, samples]
+    roles: dict    # role -> row label
+
+    def mean(self, role):
+        """Over runs, samples and columns."""
+        cells = [value.mean().item() for (label, _), value in self.values.items() if label == self.roles[role]]
+        return sum(cells) / len(cells)
+
+
+def compare(folders, samples, changes=None):
+    """Measure runs and their controls. Returns the data and a Group per kind of run."""
+    groups = {}
+    for folder in folders:
+        for part in (folder, folder / "control"):
+            if part == folder or (part / "settings.json").exists():
+                s, data, values, roles = run_values(part, samples, changes)
+                key = json.dumps({**asdict(s), "seed": 0, "control": 0, "threads": 0}, sort_keys=True)
+                groups.setdefault(key, []).append((s, values, roles))
+    if len({runs[0][0].data for runs in groups.values()}) > 1:
+        raise ValueError("these runs were trained on different data; compare runs of one kind of data at a time")
+    return data, [Group(runs[0][0], {key: torch.stack([values[key] for _, values, _ in runs]) for key in runs[0][1]},
+                        runs[0][2]) for runs in groups.values()]
+
+
+def summary(values):
+    """[runs, n] -> mean and its standard error: over seeds if there are several, else over samples."""
+    spread = values.mean(1) if len(values) > 1 else values[0]
+    return values.mean().item(), (spread.std() / len(spread) ** 0.5).item() if len(spread) > 1 else float("nan")
+
+
+# ---- Tables -------------------------------------------------------------------------------------------
+
+def cells(data, group, label):
+    """(mean, standard error) per column. In nats, all rows but the first are paired differences to the first:
+    the spread between samples is far larger than what memory does to each of them."""
+    rows = [(group.values[label, column], group.values[group.roles["alone"], column]) for column in data.columns]
+    change = data.metric == "nats" and label != group.roles["alone"]
+    return [summary(value - alone if change else value) for value, alone in rows]
+
+
+def table(data, groups):
+    """The comparison as text: a block per kind of run, a row per source of phi, a column per task or length."""
+    what = {"accuracy": "share of answers right, decoded",
+            "nats": "nats per masked answer token; below the first row: the change, less is better"}[data.metric]
+    lines = [f"{data.kind}: {what}. Columns: "
+             + ("prompt tokens x times each pair is stated; chance 0.025" if data.kind == "dictionary" else "prompt length")]
+    wide = max(len(label) for group in groups for label, _ in group.values) + 4
+    for group in groups:
+        runs = len(next(iter(group.values.values())))
+        spread = f"{runs} seeds, +- standard error over seeds" if runs > 1 else "1 seed, +- standard error over samples"
+        lines += ["", f"{kind_of(group.s)}  [{group.s.steps} steps; {spread}]",
+                  f"  {'phi written from':{wide - 2}}" + "".join(f"{column:>15}" for column in data.columns)]
+        for label in dict.fromkeys(label for label, _ in group.values):
+            sign = "+" if data.metric == "nats" and label != group.roles["alone"] else ""
+            lines.append(f"  {label:{wide - 2}}" + "".join(
+                f"{f'{mean:{sign}.3f} +-{error:.3f}':>15}" for mean, error in cells(data, group, label)))
+    return "\n".join(lines)
+
+
+def findings(data, groups):
+    """What the numbers of a table say, a sentence each. Computed, never assumed."""
+    base, lines = next((group for group in groups if not group.s.memory), None), []
+    for group in groups:
+        alone, own, other = group.mean("alone"), group.mean("own"), group.mean("other")
+        lines.append(f"- {kind_of(group.s)}: {alone:.3f} alone, {own:.3f} with phi of its prompt, {other:.3f} with phi "
+                     "of another prompt (means over columns).")
+        if "leak" in group.roles:
+            lines.append(f"  The loss that its training shows, {group.mean('leak'):.3f}, is with a phi that has seen the "
+                         f"answers; theta alone is at {alone:.3f}"
+                         + (f", the baseline at {base.mean('alone'):.3f}" if base else "") + ". The gap is leakage: "
+                           "with a larger --inner-lr phi carries the answers and theta need not learn them.")
+        if group.s.closed_book and group.s.memory:
+            lines.append("  The decoder does not see the prompt; what it knows came through phi."
+                         + (f" Attention that sees the prompt, trained {base.s.steps} steps, reaches "
+                            f"{base.mean('alone'):.3f}." if base and not base.s.closed_book else ""))
+    return "\n".join(lines)
+
+
+def panel(folders, samples=100, changes=None, save_to=None, picture=None):
+    """Print the comparison of runs and what it says; optionally keep the numbers as JSON and a picture."""
+    data, groups = compare([Path(folder) for folder in folders], samples, changes)
+    print(f"\n{table(data, groups)}\n\n{findings(data, groups)}\n")
+    if save_to:
+        rows = [{"run": kind_of(g.s), "settings": asdict(g.s), "rows": [
+            {"phi": label, "column": column, "mean": summary(value)[0], "standard_error": summary(value)[1],
+             "per_run": value.mean(1).tolist()} for (label, column), value in g.values.items()]} for g in groups]
+        whole = {"data": data.kind, "metric": data.metric, "samples": samples, "torch": torch.__version__, "groups": rows}
+        write_whole(Path(save_to), lambda path: path.write_text(json.dumps(whole, indent=1) + "\n"))
+        print(f"numbers in {save_to}")
+    if picture:
+        panel_picture(data, groups, picture)
+
+
+COLORS = {"alone": "#BBBBBB", "own": "#0072B2", "other": "#E69F00", "leak": "#CC79A7", "": "#56B4E9"}
+
+
+def panel_picture(data, groups, path):
+    """Bars with standard errors, a chart per kind of run."""
+    plt = pyplot()
+    if plt is None:
+        return
+    figure, axes = plt.subplots(1, len(groups), figsize=(6.5 * len(groups), 3.8), layout="constrained", squeeze=False,
+                                sharey=data.metric == "accuracy")
+    for group, ax in zip(groups, axes[0]):
+        labels = list(dict.fromkeys(label for label, _ in group.values))
+        labels = labels[1:] if data.metric == "nats" else labels
+        role = {label: role for role, label in group.roles.items() if role}
+        for i, label in enumerate(labels):
+            means, errors = zip(*cells(data, group, label))
+            x = [column + (i - (len(labels) - 1) / 2) * 0.8 / len(labels) for column in range(len(means))]
+            ax.bar(x, means, 0.8 / len(labels), yerr=errors, label=label, color=COLORS[role.get(label, "")],
+                   hatch=None if label in role else "//" * (1 + i % 2), error_kw={"linewidth": 0.8})
+        ax.set_title(kind_of(group.s), fontsize=10)
+        ax.set_xticks(range(len(data.columns)), list(data.columns))
+        ax.set_ylabel("share of answers right" if data.metric == "accuracy" else "change in nats per token (less is better)")
+        ax.legend(frameon=False, fontsize=7, title="phi written from", title_fontsize=7)
+    if data.metric == "accuracy":
+        axes[0][0].set_ylim(0, 1.02)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"picture in {path}")
+
+
+# ---- Exposure bias (Fig. 3) ---------------------------------------------------------------------------
+
+RATIOS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+
+
+def exposure(folders, samples, out):
+    """Static, sequential and matched loss by mask ratio, for theta alone and with phi of the prompt."""
+    curves = {}
+    for folder in [part for f in folders for part in (f, f / "control") if (part / "settings.json").exists()]:
+        s, data, model = open_run(folder)
+        batch, _ = data.tests(list(data.columns)[0], samples, s.closed_book)
+        for row in [row for row in rows_for(s, None) if row.role in ("alone", "own")]:
+            phi = phi_of_prompt(model, row.s, batch) if row.source == "prompt" else None
+            losses = memdlm.exposure_bias(model.backbone, row.s, batch.x0, batch.maskable, batch.valid, batch.seeds,
+                                          RATIOS, phi)
+            curves[f"{folder}: {row.label}"] = {name: value.mean(1).tolist() for name, value in losses.items()}
+    print("Loss against the truth, mean nats per masked token. static: true context; sequential: the model's own "
+          "guesses;\nmatched: true context at the positions that the sequential path left open.\n")
+    for label, curve in curves.items():
+        print(label)
+        print("  mask ratio        " + "".join(f"{ratio:8.1f}" for ratio in RATIOS))
+        for name in ("static", "sequential", "matched"):
+            print(f"  {name:18}" + "".join(f"{x:8.3f}" for x in curve[name]))
+        for name in ("static", "matched"):
+            print(f"  sequential/{name:7}" + "".join(f"{a / b:8.3f}" for a, b in zip(curve["sequential"], curve[name])))
+    exposure_picture(curves, out)
+    print(f"Read the ratio beside the losses: a model with a worse static loss has a flatter ratio.")
+
+
+def exposure_picture(curves, out):
+    plt = pyplot()
+    if plt is None:
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for (label, curve), color in zip(curves.items(), plt.get_cmap("cividis")([0, 0.35, 0.65, 0.9] * len(curves))):
+        left.plot(RATIOS, [a / b for a, b in zip(curve["sequential"], curve["static"])], color=color, label=label)
+        right.plot(RATIOS, curve["static"], color=color, linestyle="--")
+        right.plot(RATIOS, curve["sequential"], color=color)
+    left.set(xlabel="mask ratio (decoding goes right)", ylabel="sequential / static loss", xlim=(1, 0.1))
+    right.set(xlabel="mask ratio", ylabel="nats per masked token (dashed: static)", xlim=(1, 0.1))
+    left.legend(frameon=False, fontsize=7)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+    print(f"picture in {out}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders [default the latest]")
+    parser.add_argument("--samples", type=int, default=200, help="held-out samples per cell [default 200]")
+    parser.add_argument("--picture", metavar="FILE", help="also draw the table there")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
+    parser.add_argument("--exposure", action="store_true", help="the exposure-bias curves instead of the table")
+    parser.add_argument("--out", default="exposure.png", help="picture of --exposure [default exposure.png]")
+    add_flags(parser, ["trajectory", "inner_steps", "inner_lr", "inner_loss", "stage1_target", "pre_scale",
+                       "anchor_ratio", "clip", "clip_norm", "layer_fraction", "scope"])
+    arguments = vars(parser.parse_args())
+    runs, samples, save_to, picture, exposure_only, out = (
+        arguments.pop(name) for name in ("runs", "samples", "json", "picture", "exposure", "out"))
+    with one_line():
+        if samples < 1:
+            raise ValueError(f"--samples is {samples}; it must be at least 1")
+        runs = runs or [latest_run()]
+        for run in runs:
+            read_settings(run)
+        if exposure_only:
+            exposure(runs, samples, out)
+        else:
+            panel(runs, samples, arguments, save_to, picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""Answer a prompt with a trained run: diffusion decoding, with or without memory of the prompt.
+
+    python generate.py --adapt                          the latest run on a built-in example
+    python generate.py --adapt --prompt "fox ruby owl jade" --question "owl ? fox ?"
+    python generate.py --adapt --file notes.txt --show  play the denoising in the terminal
+    python generate.py --adapt --chat                   one prompt after the other
+    python generate.py --adapt --html out.html          both ways on one page, with a slider
+
+--adapt runs the inner loop on the prompt first (section 4.5) and shows the answer without memory beside it.
+The settings are those the run was trained with; the flags of the inner loop change them.
+"""
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import os
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import memdlm
+from train import add_flags, latest_run, one_line, open_run, write_whole
+
+INNER = ["trajectory", "inner_steps", "inner_lr", "inner_loss", "stage1_target", "pre_scale", "anchor_ratio", "clip",
+         "clip_norm", "layer_fraction", "scope", "closed_book"]
+
+
+class Answer(NamedTuple):
+    label: str
+    text: str
+    frames: list  # per decoding step: a list of (piece of text, state); states: given, masked, new, done
+    losses: list  # inner loss at each step of the inner loop, empty without memory
+
+
+def answer(s, data, model, sample, use_memory, options):
+    """Decode one sample. options: keywords of memdlm.denoise, and `seed`."""
+    from toy.data import collate
+    options = dict(options)
+    seed = options.pop("seed")
+    batch, phi, losses = collate([sample], [seed], s.closed_book), None, []
+    if use_memory:
+        phi, record = memdlm.adapt(model.backbone, s, batch.prompt, batch.prompt_valid, batch.seeds)
+        losses = record["inner"].tolist()
+        if record["skipped"]:
+            print(f"warning: {int(record['skipped'])} inner steps were not finite and were left out", file=sys.stderr)
+    fill = batch.maskable[0].tolist()
+    canvases = [[data.tokenizer.mask_id if gap else token for token, gap in zip(batch.x0[0].tolist(), fill)]]
+    for x in memdlm.denoise(model.backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi, **options):
+        canvases.append(x[0].tolist())
+    frames = [frame(data.tokenizer, now, before, fill) for now, before in zip(canvases, canvases[:1] + canvases)]
+    text = data.tokenizer.decode(until_eos([t for t, gap in zip(canvases[-1], fill) if gap], data.tokenizer.eos_id))
+    return Answer("with memory of the prompt" if use_memory else "without memory", text, frames, losses)
+
+
+def until_eos(ids, eos_id):
+    return ids[:ids.index(eos_id)] if eos_id in ids else ids
+
+
+def frame(tokenizer, now, before, fill):
+    """One canvas as (piece, state) pairs; `new` is what this step has revealed."""
+    mask = tokenizer.mask_id
+    states = ["given" if not gap else "masked" if a == mask else "new" if b == mask else "done"
+              for a, b, gap in zip(now, before, fill)]
+    return [("?" if state == "masked" else piece, state) for piece, state in zip(tokenizer.pieces(now), states)]
+
+
+# ---- In the terminal -----------------------------------------------------------------------------------
+
+COLORS = {"given": "\033[2m", "masked": "\033[90m", "new": "\033[30;43m", "done": "\033[1m"}
+
+
+def line_of(frame, joiner, colored):
+    """A frame as one line: masks grey, what was just revealed marked, the rest settled."""
+    return joiner.join(f"{COLORS[state]}{piece}\033[0m" if colored else piece for piece, state in frame)
+
+
+def play(answers, joiner, delay):
+    """Reprint the canvas in place, step by step. Plain lines where the output is not a terminal, or NO_COLOR is set."""
+    live = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for a in answers:
+        print(f"{a.label}:")
+        for number, one in enumerate(a.frames):
+            tail = one[-60:] if joiner else one[-160:]
+            text = f"  {number:3}  {line_of(tail, joiner, live)}"
+            if live and number:
+                print(f"\033[{rows}F\033[J", end="")
+            print(text, flush=True)
+            rows = 1 + sum(len(piece) + len(joiner) for piece, _ in tail) // max(20, os.get_terminal_size().columns) \
+                if live else 1
+            if live:
+                time.sleep(delay)
+
+
+# ---- As a page -----------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>MemDLM denoising</title>
+<style>
+body{font:16px/1.7 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+h1{font-size:1.2rem}h2{font-size:1rem;margin:1.5rem 0 .3rem}
+.prompt,.panel{font-family:ui-monospace,monospace;white-space:pre-wrap;border:1px solid #ddd;border-radius:6px;padding:.7rem}
+.prompt{color:#555;background:#fafafa}.given{color:#888}.masked{color:#bbb}.new{background:#f0c040}.done{color:#000}
+input{width:70%;vertical-align:middle}button{font:inherit;margin-right:.6rem}
+</style>
+<h1>The same prompt, without memory and with it</h1>
+<div class="prompt">PROMPT</div>
+<p><button id="play">play</button><input id="at" type="range" min="0" max="1000" value="0" aria-label="time">
+<span id="step"></span></p>
+<div id="panels"></div>
+<p>Grey ? is masked, yellow was revealed in this step, black is settled. NOTE</p>
+<script>
+const panels = DATA;
+const at = document.getElementById("at"), box = document.getElementById("panels");
+const views = panels.map(p => {
+  const h = document.createElement("h2"), d = document.createElement("div");
+  h.textContent = p.label; d.className = "panel"; box.append(h, d); return d;
+});
+function draw() {                       // one timeline for all panels, however many steps each has
+  panels.forEach((p, i) => {
+    const n = p.frames.length - 1, k = Math.round(at.value / 1000 * n);
+    views[i].replaceChildren(...p.frames[k].map(([piece, state]) => {
+      const s = document.createElement("span"); s.className = state; s.textContent = piece + p.joiner; return s; }));
+    document.getElementById("step").textContent = "step " + k + " of " + n;
+  });
+}
+let timer = null;
+at.oninput = draw;
+document.getElementById("play").onclick = () => {
+  clearInterval(timer); if (at.value >= 1000) at.value = 0;
+  const n = Math.max(...panels.map(p => p.frames.length - 1), 1);
+  timer = setInterval(() => { at.value = +at.value + 1000 / n; draw(); if (at.value >= 1000) clearInterval(timer); }, 300);
+};
+draw();
+</script></html>
+"""
+
+
+def write_page(path, prompt, answers, joiner, note):
+    """One self-contained page: every token goes through JSON and textContent, or html.escape; nothing is fetched."""
+    panels = [{"label": a.label, "frames": a.frames, "joiner": joiner} for a in answers]
+    script = json.dumps(panels).replace("<", "\\u003c")  # no text can close the script element
+    parts = {"PROMPT": html.escape(prompt), "NOTE": html.escape(note), "DATA": script}
+    head, _, rest = PAGE.partition("PROMPT")
+    middle, _, rest = rest.partition("NOTE")
+    script_head, _, tail = rest.partition("DATA")
+    page = head + parts["PROMPT"] + middle + parts["NOTE"] + script_head + parts["DATA"] + tail
+    write_whole(Path(path), lambda aside: aside.write_text(page, encoding="utf-8"))
+
+
+# ---- Command line --------------------------------------------------------------------------------------
+
+def respond(s, data, model, sample, arguments, truth=None):
+    """Decode, without memory and (with --adapt) with it, and print, play or write the result."""
+    joiner = " " if data.words else ""
+    options = dict(steps=arguments.steps, block_length=arguments.block_length, temperature=arguments.temperature,
+                   cfg_scale=arguments.cfg_scale, remasking=arguments.remasking, seed=arguments.seed)
+    answers = [answer(s, data, model, sample, memory, options) for memory in ([False, True] if arguments.adapt else [False])]
+    if arguments.show:
+        play(answers, joiner, arguments.delay)
+    book = " (the decoder does not see it)" if s.closed_book else ""
+    prompt = data.tokenizer.decode(sample.prompt)
+    print(f"prompt{book}: {prompt}")
+    if not all(sample.answer):
+        pieces = zip(data.tokenizer.pieces(sample.rest), sample.answer)
+        print(f"question: {joiner.join('?' if gap else piece for piece, gap in pieces)}")
+    for a in answers:
+        losses = f"   [inner loss {' > '.join(f'{x:.2f}' for x in a.losses)}]" if a.losses else ""
+        print(f"{a.label}: {a.text}{losses}")
+    note = ""
+    if truth is not None:
+        note = f"The right answer: {data.tokenizer.decode(until_eos(truth, data.tokenizer.eos_id))}"
+        print(note)
+    if arguments.html:
+        write_page(arguments.html, prompt, answers, joiner, note)
+        print(f"page written to {arguments.html}")
+
+
+def chat(s, data, model, arguments):
+    """A prompt a line. Generated words: a line with a ? is a question about the last prompt."""
+    asks = data.words and data.kind != "languages"
+    print("type pairs to remember (fox ruby owl jade), then ask (owl ?); quit ends" if data.kind == "dictionary"
+          else "type a prompt" + (", then a question with ? for each gap" if asks else "") + "; quit ends")
+    prompt = None
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return print()
+        if line in ("quit", "exit"):
+            return
+        if not line:
+            continue
+        if asks and "?" not in line.split():
+            prompt = line
+            continue
+        if asks and prompt is None:
+            print("first a prompt to remember, then the question")
+            continue
+        try:
+            sample = data.ask(prompt, line) if asks else data.ask(line, length=arguments.length)
+        except ValueError as error:
+            print(f"error: {error}")
+            continue
+        respond(s, data, model, sample, arguments)
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="run folder [default the latest]")
+    parser.add_argument("--adapt", action="store_true", help="write the prompt into fast weights first")
+    parser.add_argument("--prompt", help="the prompt")
+    parser.add_argument("--question", default="", help="visible to the decoder after the prompt; ? is a gap")
+    parser.add_argument("--file", type=Path, help="read the prompt from a file")
+    parser.add_argument("--chat", action="store_true", help="read prompts from the keyboard")
+    parser.add_argument("--show", action="store_true", help="play the denoising in the terminal")
+    parser.add_argument("--delay", type=float, default=0.15, help="seconds per step of --show [default 0.15]")
+    parser.add_argument("--html", metavar="FILE", help="write the denoising as one self-contained page")
+    parser.add_argument("--length", type=int, default=0, help="tokens to generate [default as in training]")
+    parser.add_argument("--steps", type=int, help="forward passes [default one per token]")
+    parser.add_argument("--block-length", type=int, help="decode in blocks of this many tokens, left to right [one block]")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token [default 0]")
+    parser.add_argument("--cfg-scale", type=float, default=0.0, help="classifier-free guidance, 0 for none [default 0]")
+    parser.add_argument("--remasking", choices=["low_confidence", "random"], default="low_confidence",
+                        help="where to commit first [default low_confidence]")
+    parser.add_argument("--seed", type=int, default=0, help="decides masks, noise and the built-in example [default 0]")
+    inner = parser.add_argument_group("inner loop", "[default: what the run was trained with]")
+    add_flags(inner, INNER)
+    return parser.parse_args()
+
+
+def main():
+    arguments = parse()
+    with one_line():
+        for name in ("length", "delay", "temperature"):
+            if getattr(arguments, name) < 0:
+                raise ValueError(f"--{name} is {getattr(arguments, name)}; it must not be negative")
+        for name in ("steps", "block_length"):
+            if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
+        s, data, model = open_run(arguments.run or latest_run())
+        s = replace(s, **{name: getattr(arguments, name) for name in INNER if hasattr(arguments, name)})
+        if arguments.chat:
+            return chat(s, data, model, arguments)
+        text, truth = arguments.prompt, None
+        if arguments.file:
+            text = arguments.file.read_text(encoding="utf-8")
+        if text is None:
+            column = list(data.columns)[len(data.columns) // 2]
+            sample = data.test(random.Random(f"example {arguments.seed}"), column)
+            truth = [t for t, gap in zip(sample.rest, sample.answer) if gap]
+        else:
+            sample = data.ask(text, arguments.question, arguments.length)
+        respond(s, data, model, sample, arguments, truth)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Toy data for a tiny diffusion language model: tokenizers, synthetic tasks and real text."""
