@@ -102,7 +102,8 @@ def run_values(folder, samples, changes):
     s, data, model = open_run(folder)
     values, roles = {}, {}
     for row in tqdm(rows_for(s, changes), desc=f"measuring {folder}", unit="row", leave=False):
-        roles[row.role] = row.label
+        if row.role:
+            roles[row.role] = row.label
         for column in data.columns:
             parts = []
             for start in range(0, samples, CHUNK):
@@ -134,15 +135,15 @@ class Group(NamedTuple):
 
 def compare(folders, samples, changes=None):
     """Measure runs and their controls. Returns the data and a Group per kind of run."""
-    groups = {}
-    for folder in folders:
-        for part in (folder, folder / "control"):
-            if part == folder or (part / "settings.json").exists():
-                s, data, values, roles = run_values(part, samples, changes)
-                key = json.dumps({**asdict(s), "seed": 0, "control": 0, "threads": 0}, sort_keys=True)
-                groups.setdefault(key, []).append((s, values, roles))
-    if len({runs[0][0].data for runs in groups.values()}) > 1:
+    parts = [part for folder in folders for part in (folder, folder / "control")
+             if part == folder or (part / "settings.json").exists()]
+    if len({read_settings(part).data for part in parts}) > 1:
         raise ValueError("these runs were trained on different data; compare runs of one kind of data at a time")
+    groups = {}
+    for part in parts:
+        s, data, values, roles = run_values(part, samples, changes)
+        same = json.dumps({**asdict(s), "seed": 0, "control": 0, "threads": 0, "table_samples": 0}, sort_keys=True)
+        groups.setdefault(same, []).append((s, values, roles))
     return data, [Group(runs[0][0], {key: torch.stack([values[key] for _, values, _ in runs]) for key in runs[0][1]},
                         runs[0][2]) for runs in groups.values()]
 
@@ -216,7 +217,7 @@ def panel(folders, samples=100, changes=None, save_to=None, picture=None):
         panel_picture(data, groups, picture)
 
 
-COLORS = {"alone": "#BBBBBB", "own": "#0072B2", "other": "#E69F00", "leak": "#CC79A7", "": "#56B4E9"}
+COLORS = {"nothing": "#BBBBBB", "its": "#0072B2", "another": "#E69F00", "the": "#CC79A7"}  # by first word of the row
 
 
 def panel_picture(data, groups, path):
@@ -225,16 +226,15 @@ def panel_picture(data, groups, path):
     if plt is None:
         return
     figure, axes = plt.subplots(1, len(groups), figsize=(6.5 * len(groups), 3.8), layout="constrained", squeeze=False,
-                                sharey=data.metric == "accuracy")
+                                sharey=True)
     for group, ax in zip(groups, axes[0]):
         labels = list(dict.fromkeys(label for label, _ in group.values))
         labels = labels[1:] if data.metric == "nats" else labels
-        role = {label: role for role, label in group.roles.items() if role}
         for i, label in enumerate(labels):
             means, errors = zip(*cells(data, group, label))
             x = [column + (i - (len(labels) - 1) / 2) * 0.8 / len(labels) for column in range(len(means))]
-            ax.bar(x, means, 0.8 / len(labels), yerr=errors, label=label, color=COLORS[role.get(label, "")],
-                   hatch=None if label in role else "//" * (1 + i % 2), error_kw={"linewidth": 0.8})
+            ax.bar(x, means, 0.8 / len(labels), yerr=errors, label=label, color=COLORS[label.split()[0]],
+                   alpha=1 if label in group.roles.values() else 0.45, error_kw={"linewidth": 0.8})
         ax.set_title(kind_of(group.s), fontsize=10)
         ax.set_xticks(range(len(data.columns)), list(data.columns))
         ax.set_ylabel("share of answers right" if data.metric == "accuracy" else "change in nats per token (less is better)")

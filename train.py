@@ -53,6 +53,7 @@ class Settings(memdlm.Settings):
     log_every: int = setting(10, "steps between lines of metrics.jsonl")
     save_every: int = setting(100, "steps between checkpoints")
     sample_every: int = setting(100, "steps between printed samples, 0 for none")
+    table_samples: int = setting(100, "held-out samples per cell of the table at the end, 0 for no table")
     threads: int = setting(0, "CPU threads, 0 for PyTorch's choice")
 
     def __post_init__(self):
@@ -66,24 +67,31 @@ class Settings(memdlm.Settings):
             raise ValueError(f"--closed-book leaves no question in {self.data}; use it with --data dictionary")
 
 
-# What a toy run sets differently from the paper, by kind of data. "text" stands for python, pydoc and files.
-# phi shared by a batch of 32 writes 1/32 as much into each sample, so the toys give each sample its own.
+# What a toy run sets differently from the paper, by kind of data ("text": python, pydoc and files) ...
 RECIPES = {
-    "dictionary": dict(memory_from="prompt", closed_book=True, trajectory="cover:4", inner_lr=0.3, per_sample=True,
-                       layers=1, steps=500, lr=4e-3),
-    "languages": dict(per_sample=True, inner_lr=0.003, steps=350, lr=3e-3),
-    "retrieval": dict(per_sample=True, inner_lr=0.003, steps=2000, lr=3e-3),
-    "text": dict(per_sample=True, inner_lr=0.003, steps=1200, batch=24, lr=2e-3, layers=4, width=128, control=False),
+    "dictionary": dict(memory_from="prompt", layers=1, steps=1000, lr=3e-3),
+    "languages": dict(steps=350, lr=3e-3),
+    "retrieval": dict(steps=2000, lr=3e-3),
+    "text": dict(steps=1200, batch=24, lr=2e-3, layers=4, width=128, control=False),
+}
+# ... and by what phi is written from. A phi shared by a batch of 32 writes 1/32 as much into each sample, so each has
+# its own here. Written from the response, phi holds the answers of the outer loss; trained from scratch at the
+# paper's eta of 0.1 theta comes to rely on it and is lost without. 0.003 is the strength at which it is not.
+WRITTEN_FROM = {
+    "response": dict(per_sample=True, inner_lr=0.003),
+    "prompt": dict(per_sample=True, inner_lr=0.3, trajectory="cover:4"),
 }
 
 
 def recipe(given):
-    """Settings from the flags given on the command line: flag, else recipe of the data, else default."""
+    """Settings from the flags given on the command line: flag, else recipe, else default."""
     data = given.get("data", Settings.data)
     values = {**RECIPES.get(data, RECIPES["text"]), **given}
-    if not values.get("memory", True):
-        values["closed_book"] = given.get("closed_book", False)  # with neither memory nor prompt it could only guess
-    return Settings(**values)
+    written_from = values.setdefault("memory_from", Settings.memory_from)
+    values = {**WRITTEN_FROM.get(written_from, {}), **values}
+    # A closed book needs a memory, and a question beside the prompt.
+    closed = values.get("memory", True) and written_from == "prompt" and data in ("dictionary", "retrieval")
+    return Settings(**{"closed_book": closed, **values})
 
 
 def control(s):
@@ -100,7 +108,8 @@ def add_flags(parser, names=None):
     for f in fields(Settings):
         if names is not None and f.name not in names:
             continue
-        special = [f"{kind} {values[f.name]}" for kind, values in RECIPES.items() if f.name in values]
+        recipes = {f"toy {kind}": r for kind, r in RECIPES.items()} | {f"toy, from {x}": r for x, r in WRITTEN_FROM.items()}
+        special = [f"{kind} {values[f.name]}" for kind, values in recipes.items() if f.name in values]
         text = f"{f.metadata['help']} [{'; '.join([f'default {f.default}', *special])}]".replace("%", "%%")
         choices = f.metadata["choices"]
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type == "bool" else
@@ -397,9 +406,10 @@ def main():
     if s.memory and s.control:
         print("\nnow its control: the same data, seed and masks without memory")
         seconds += train(control(s), folder / "control", resume, stop)
-    from evaluate import panel
-    panel([folder], picture=folder / "panel.png")
-    print(f"trained in {seconds:.0f} s. Look at {folder}/loss.png and panel.png; next:\n"
+    if s.table_samples:
+        from evaluate import panel
+        panel([folder], s.table_samples, picture=folder / "panel.png")
+    print(f"trained in {seconds:.0f} s. Look at the pictures in {folder}; next:\n"
           f"  python generate.py --adapt --show     answer a prompt from this run\n"
           f"  python evaluate.py                    compare runs, with more samples")
 

@@ -1,0 +1,387 @@
+"""The scripts as a user meets them: run folders, resuming, generating, comparing, and one-line errors."""
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import generate
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2", "--log-every", "1",
+        "--save-every", "3", "--sample-every", "3", "--table-samples", "3", "--threads", "1"]
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """cli(script, *arguments) runs a script's main() in an empty folder; returns its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *arguments, stdin=""):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            script.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a tiny closed-book run and its control, and one on bytes, made once for the tests that only read."""
+    folder = tmp_path_factory.mktemp("trained")
+    for arguments in (["--out", "runs/words"], ["--out", "runs/bytes", "--data", "python", "--prompt-length", "24",
+                                                "--response-length", "8"]):
+        subprocess.run([sys.executable, ROOT / "train.py", *TINY, *arguments], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def metrics(folder):
+    """metrics.jsonl without the times."""
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def refused(result):
+    """Exit code 2 and one line; returns the line."""
+    code, _, err = result
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (code, err)
+    return lines[0]
+
+
+# ---- training ------------------------------------------------------------------------------------------
+
+def test_a_run_leaves_its_folder_and_prints_the_panel(cli, tmp_path):
+    code, out, _ = cli(train, "--model", "toy", *TINY)
+    folder = tmp_path / "runs" / "dictionary"
+    assert code == 0
+    assert {p.name for p in folder.iterdir()} == {"settings.json", "model.safetensors", "metrics.jsonl", "loss.png",
+                                                  "panel.png", "control"}
+    assert [line["step"] for line in metrics(folder)] == list(range(6))
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["trajectory"] == "cover:4" and settings["steps"] == 6 and settings["closed_book"]
+    control = json.loads((folder / "control" / "settings.json").read_text())
+    assert not control["memory"] and not control["closed_book"] and control["seed"] == settings["seed"]
+    for text in ("nothing (theta alone)", "its prompt, cover:4", "another prompt, cover:4", "paper's masks",
+                 "MDLM (no memory in training)", "sample at step 3", "python generate.py --adapt"):
+        assert text in out, text
+
+
+@pytest.mark.parametrize("data", ["languages", "dictionary"])
+def test_the_baseline_sees_the_same_data_and_masks(cli, tmp_path, data):
+    """At step 0 the weights are the same too, so the loss without memory is the baseline's to the last bit."""
+    flags = ["--data", data, "--no-control", "--no-closed-book", *TINY, "--table-samples", "0"]
+    cli(train, *flags, "--out", "a")
+    cli(train, *flags, "--no-memory", "--out", "b")
+    assert metrics(tmp_path / "a")[0]["loss_without"] == metrics(tmp_path / "b")[0]["loss"]
+
+
+@pytest.mark.parametrize("data", ["dictionary", "languages", "retrieval", "python", "pydoc"])
+@pytest.mark.parametrize("memory", ["--memory", "--no-memory"])
+def test_every_kind_of_data_trains_with_and_without_memory(cli, tmp_path, data, memory):
+    flags = ["--data", data, memory, "--no-control", "--steps", "2", "--prompt-length", "32", "--response-length", "8"]
+    settings = [x for x in TINY if x not in ("--steps", "6")]
+    assert cli(train, *settings, *flags, "--table-samples", "0", "--out", "r")[0] == 0
+    lines = metrics(tmp_path / "r")
+    assert len(lines) == 2 and all(torch.tensor(line["loss"]).isfinite() for line in lines)
+
+
+def test_same_seed_same_weights_other_seed_others(cli, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        cli(train, *TINY, "--no-control", "--table-samples", "0", "--seed", seed, "--out", name)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b and a != c
+
+
+class StopAfter:
+    """Stands in for Ctrl-C after a number of steps (each step reads it twice, the saving step once more)."""
+
+    def __init__(self, folder, step):
+        self.folder, self.step = folder, step
+
+    @property
+    def signal(self):
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return 2 if len(lines) == self.step else None
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5])
+@pytest.mark.parametrize("data", ["dictionary", "languages"])
+def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch, stop_after, data):
+    flags = [*TINY, "--data", data, "--no-control", "--table-samples", "0"]
+    cli(train, *flags, "--out", "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Stop", lambda: StopAfter(tmp_path / "parts", stop_after))
+        code, out, _ = cli(train, *flags, "--out", "parts")
+    assert code == 130 and f"stopped after step {stop_after}" in out and "--resume parts" in out
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:  # as a kill after the checkpoint would leave it
+        file.write(json.dumps({"step": stop_after, "loss": 0}) + '\n{"step": 99, "lo')
+    assert cli(train, "--resume", "parts")[0] == 0
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "parts/model.safetensors").read_bytes()
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(cli, tmp_path, monkeypatch):
+    import safetensors.torch
+    real, saved = safetensors.torch.save_file, []
+
+    def full(tensors, path, metadata):
+        if saved:
+            Path(path).write_bytes(b"half a file")
+            raise OSError(28, "No space left on device")
+        saved.append(metadata["step"])
+        real(tensors, path, metadata)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    code, _, err = cli(train, *TINY, "--no-control", "--out", "r")
+    assert code == 2 and "No space left on device" in err and "Traceback" not in err
+    assert saved == ["3"] and not list((tmp_path / "r").glob("*.tmp"))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert cli(train, "--resume", "r")[0] == 0 and [line["step"] for line in metrics(tmp_path / "r")] == list(range(6))
+
+
+def test_a_second_run_does_not_overwrite_the_first(cli, tmp_path):
+    for _ in range(2):
+        cli(train, *TINY, "--data", "languages", "--no-memory")
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"languages-baseline", "languages-baseline-2"}
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    s = train.Settings(steps=100, lr=1.0)
+    rates = [train.learning_rate(s, step) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and rates[-1] < 1e-3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(cli):
+    code, _, err = cli(train, *TINY, "--no-control", "--lr", "1e30", "--no-memory", "--grad-clip", "1e30")
+    assert code == 2 and re.search(r"error: step \d: .*not finite", err) and "Traceback" not in err
+
+
+# ---- generating ----------------------------------------------------------------------------------------
+
+def test_generate_answers_the_built_in_example_with_and_without_memory(cli, trained):
+    code, out, _ = cli(generate, "--run", trained / "runs/words", "--adapt")
+    assert code == 0
+    for text in ("prompt (the decoder does not see it): ", "question: ", "without memory: ", "with memory of the prompt: ",
+                 "inner loss", "The right answer: "):
+        assert text in out
+    assert cli(generate, "--run", trained / "runs/words", "--adapt")[1] == out  # seeded
+
+
+def test_generate_takes_a_prompt_a_file_and_a_conversation(cli, trained, tmp_path):
+    words, text = trained / "runs/words", trained / "runs/bytes"
+    assert "ruby" in cli(generate, "--run", words, "--prompt", "fox ruby owl jade", "--question", "owl ? fox ?")[1]
+    (tmp_path / "in.txt").write_text("def f(x):")
+    code, out, _ = cli(generate, "--run", text, "--file", "in.txt", "--adapt", "--length", "5", "--block-length", "2",
+                       "--temperature", "0.7", "--cfg-scale", "1", "--remasking", "random", "--show")
+    assert code == 0 and "without memory:\n    0  def f(x):?????" in out
+    code, out, _ = cli(generate, "--run", words, "--chat", "--adapt", stdin="owl ?\nfox ruby owl jade\nowl ?\nzzz ?\nquit\n")
+    assert code == 0 and "first a prompt" in out and "with memory" in out and "zzz" in out.split("error:")[1]
+
+
+def test_the_page_is_self_contained_and_escapes_every_token(cli, trained, tmp_path):
+    evil = "</script><b>&"
+    assert cli(generate, "--run", trained / "runs/bytes", "--adapt", "--prompt", evil, "--html", "o.html")[0] == 0
+    page = (tmp_path / "o.html").read_text()
+    assert "&lt;/script&gt;&lt;b&gt;&amp;" in page and page.count("</script>") == 1 and "<b>" not in page
+    assert not re.search(r"https?://|src=|@import", page)
+    panels = json.loads(re.search(r"const panels = (.*);", page)[1])
+    assert [p["label"] for p in panels] == ["without memory", "with memory of the prompt"]
+    for p in panels:
+        assert len(p["frames"]) == 9  # 8 bytes, one per step, and the start
+        assert [state for _, state in p["frames"][0]].count("masked") == 8
+        assert all([state for _, state in f].count("new") == 1 for f in p["frames"][1:])
+        assert not any(state == "masked" for _, state in p["frames"][-1])
+
+
+def test_settings_of_the_inner_loop_can_be_changed_at_generation(cli, trained):
+    base = cli(generate, "--run", trained / "runs/words", "--adapt")[1]
+    changed = cli(generate, "--run", trained / "runs/words", "--adapt", "--trajectory", "consistent", "--inner-steps", "3")[1]
+    count = lambda out: out.split("inner loss ")[1].split("]")[0].count(">") + 1
+    assert count(base) == 4 and count(changed) == 3
+
+
+# ---- comparing -----------------------------------------------------------------------------------------
+
+def test_evaluate_groups_seeds_and_writes_numbers(cli, tmp_path):
+    for seed in (0, 1):
+        cli(train, *TINY, "--data", "languages", "--seed", seed, "--out", f"runs/{seed}")
+    code, out, _ = cli(evaluate, "runs/0", "runs/1", "--samples", "4", "--json", "o.json", "--picture", "o.png",
+                       "--trajectory", "cover:2")
+    assert code == 0 and "2 seeds" in out and "the answers, eta 0.003 (leaks)" in out and "its prompt, cover:2" in out
+    numbers = json.loads((tmp_path / "o.json").read_text())
+    assert len(numbers["groups"]) == 2 and (tmp_path / "o.png").exists()
+    row = numbers["groups"][0]["rows"][0]
+    assert len(row["per_run"]) == 2 and row["mean"] == pytest.approx(sum(row["per_run"]) / 2)
+    spread = abs(row["per_run"][0] - row["per_run"][1]) / 2  # standard error of two values
+    assert row["standard_error"] == pytest.approx(spread)
+
+
+def test_evaluate_measures_what_a_loop_over_samples_measures(trained, monkeypatch):
+    """nats: one sample at a time, masks drawn again, theta alone."""
+    monkeypatch.chdir(trained)
+    s, data, model = train.open_run("runs/bytes")
+    _, _, values, _ = evaluate.run_values(Path("runs/bytes"), 3, None)
+    batch, _ = data.tests("24", 3, False, seed="test 0")
+    for i in range(3):
+        x, maskable = batch.x0[i], batch.maskable[i]
+        t = evaluate.memdlm.uniform([batch.seeds[i]], "t", 1)[0, 0]
+        u = evaluate.memdlm.uniform([batch.seeds[i]], "anchor", len(x))[0]
+        hidden = [j for j in range(len(x)) if maskable[j] and u[j] < t]
+        hidden = hidden or [min((j for j in range(len(x)) if maskable[j]), key=lambda j: u[j])]
+        seen = x.clone()
+        seen[hidden] = model.backbone.mask_id
+        h = model.backbone.blocks(model.backbone.embed(seen[None]), batch.valid[i:i + 1], 0, None)
+        nll = -model.backbone.head(h)[0].log_softmax(-1)[hidden, x[hidden]].mean()
+        assert values["nothing (theta alone)", "24"][i].item() == pytest.approx(nll.item(), rel=1e-4)
+
+
+def test_exposure_prints_both_losses_beside_the_ratio(cli, trained, tmp_path):
+    code, out, _ = cli(evaluate, trained / "runs/bytes", "--exposure", "--samples", "3")
+    assert code == 0 and (tmp_path / "exposure.png").exists()
+    rows = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in out.splitlines() if line.startswith("  s")}
+    for a, b, c in zip(rows["sequential"], rows["static"], rows["sequential/static"]):
+        assert c == pytest.approx(a / b, abs=2e-3)
+
+
+# ---- bad input: one line, exit code 2 ------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, says", [
+    (["--model", "gpt9"], "unknown model 'gpt9'"),
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["--trajectory", "cover:0"], "cover:K"),
+    (["--trajectory", "zigzag"], "zigzag"),
+    (["--inner-steps", "1"], "inner_steps is 1"),
+    (["--layer-fraction", "5"], "layer_fraction is 5"),
+    (["--rank", "0"], "rank is 0"),
+    (["--steps", "0"], "steps is 0"),
+    (["--width", "30"], "width 30"),
+    (["--data", "languages", "--closed-book"], "no question in languages"),
+    (["--resume", "nowhere"], "nowhere is not a run folder"),
+    (["--resume"], "there is no run in runs/ yet"),
+])
+def test_train_refuses(cli, flags, says):
+    assert says in refused(cli(train, *flags))
+
+
+def test_bad_lines_of_a_data_file_are_named_or_skipped(cli, tmp_path):
+    good = json.dumps({"prompt": "what is up", "response": "the sky"})
+    (tmp_path / "d.jsonl").write_text("\n".join([good] * 3 + ["{broken", good]))
+    assert "d.jsonl, line 4" in refused(cli(train, *TINY, "--data", "d.jsonl"))
+    code, out, _ = cli(train, *TINY, "--data", "d.jsonl", "--skip-bad", "--no-control")
+    assert code == 0 and "4 pairs kept" in out and "1 malformed lines skipped" in out
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 300, "response": "y"}))
+    assert "too long" in refused(cli(train, *TINY, "--data", "long.jsonl"))
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--run", "nowhere"], "nowhere is not a run folder"),
+    (["--prompt", ""], "the prompt is empty"),
+    (["--prompt", "fox dragonfruit-soup"], "dragonfruit-soup"),
+    (["--prompt", "<mask> fox"], "<mask>"),
+    (["--prompt", "fox ruby " * 3000], "window"),
+    (["--file", "nowhere.txt"], "nowhere.txt"),
+    (["--steps", "0"], "--steps is 0"),
+    (["--length", "-1"], "--length is -1"),
+    (["--trajectory", "zigzag"], "zigzag"),
+])
+def test_generate_refuses(cli, trained, flags, says):
+    flags = flags if "--run" in flags else ["--run", trained / "runs/words", *flags]
+    assert says in refused(cli(generate, *flags))
+
+
+def test_a_checkpoint_of_another_model_is_refused(cli, trained, tmp_path):
+    import shutil
+    shutil.copytree(trained / "runs/words", tmp_path / "r")
+    settings = json.loads((tmp_path / "r/settings.json").read_text())
+    (tmp_path / "r/settings.json").write_text(json.dumps({**settings, "width": 32}))
+    assert "belongs to another model" in refused(cli(generate, "--run", "r"))
+    (tmp_path / "r/settings.json").write_text(json.dumps({**settings, "wdith": 32}))
+    assert "wdith" in refused(cli(generate, "--run", "r"))
+    (tmp_path / "r/settings.json").write_text(json.dumps(settings))
+    (tmp_path / "r/model.safetensors").write_bytes(b"\x80\x04K\x01.")  # a pickle
+    assert "not a checkpoint" in refused(cli(generate, "--run", "r"))
+    (tmp_path / "r/model.safetensors").unlink()
+    assert "saved nothing yet" in refused(cli(generate, "--run", "r"))
+
+
+def test_resuming_with_other_settings_names_the_one_that_differs(cli, trained):
+    line = refused(cli(train, "--resume", trained / "runs/words", "--inner-lr", "0.7"))
+    assert "inner_lr 0.3, not 0.7" in line
+
+
+def test_an_existing_run_is_not_overwritten(cli, trained):
+    assert "holds a run already" in refused(cli(train, *TINY, "--out", trained / "runs/words"))
+
+
+def test_runs_of_different_data_are_not_compared(cli, trained):
+    assert "different data" in refused(cli(evaluate, trained / "runs/words", trained / "runs/bytes", "--samples", "2"))
+
+
+# ---- the saved file, the start-up, the README ---------------------------------------------------------------
+
+def test_the_checkpoint_holds_the_model_and_nothing_of_phi(trained):
+    names = load_file(trained / "runs/words/model.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == {"model", "adamw"}
+    assert not [name for name in names if "lora" in name or "phi" in name]
+    assert len([n for n in names if n.startswith("adamw.")]) == 3 * len([n for n in names if n.startswith("model.")])
+
+
+def test_help_is_quick_and_heavy_packages_stay_out():
+    code = ("import sys; sys.argv = ['train.py', '--help']\nimport train\ntry: train.main()\nexcept SystemExit: pass\n"
+            "heavy = {'matplotlib', 'transformers', 'peft', 'bitsandbytes', 'datasets', 'lm_eval'} & set(sys.modules)\n"
+            "assert not heavy, heavy")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--inner-lr" in done.stdout and "toy, from prompt 0.3" in done.stdout
+
+
+def readme_commands():
+    """Every python line in the README's code blocks."""
+    blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    found = [re.search(r"python (?:train|generate|evaluate)\.py.*", line) for line in lines]
+    return list(dict.fromkeys(match[0] for match in found if match))
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_the_commands_of_the_readme_run(command, trained, tmp_path):
+    """As typed there, with sizes made tiny."""
+    words = shlex.split(command)
+    script, arguments = words[1], words[2:]
+    (tmp_path / "my.jsonl").write_text("\n".join(json.dumps({"prompt": f"say {i}", "response": str(i)}) for i in range(9)))
+    (tmp_path / "notes.txt").write_text("fox ruby owl jade")
+    small = {"train.py": TINY, "generate.py": [], "evaluate.py": ["--samples", "3"]}[script]
+    if script != "train.py" or "--resume" in arguments:
+        (tmp_path / "runs").symlink_to(trained / "runs")
+        names = [a for a in arguments if a.startswith("runs/")]
+        arguments = ["runs/words" if a in names[:1] else a for a in arguments if a not in names[1:]]
+        small = [] if script == "train.py" else small
+        if script == "generate.py" and "--run" not in arguments:
+            arguments += ["--run", "runs/words"]
+        if script == "evaluate.py" and not names:
+            arguments += ["runs/words"]
+    done = subprocess.run([sys.executable, ROOT / script, *arguments, *small], cwd=tmp_path, capture_output=True, text=True,
+                          input="quit\n")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_closed_book_memory_is_learned(cli, tmp_path):
+    """The claim of the first screen, at a tenth of its size: only phi of its own prompt answers."""
+    cli(train, "--steps", "200", "--lr", "4e-3", "--no-control", "--out", "r", "--sample-every", "0")
+    _, _, values, roles = evaluate.run_values(tmp_path / "r", 100, None)
+    score = {role: values[label, "16 x2"].mean().item() for role, label in roles.items()}
+    assert score["own"] > 0.4 and score["other"] < 0.1 and score["alone"] < 0.1, score
