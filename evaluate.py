@@ -78,8 +78,7 @@ def measure(model, s, source, batch, metric):
     """One number per sample, [B]: share of answer tokens right after decoding, or nats per masked answer token."""
     t = memdlm.uniform(batch.seeds, "t", 1)[:, 0]
     u = memdlm.uniform(batch.seeds, "anchor", batch.x0.shape[1])
-    # At least one masked token, so that every sample has a loss.
-    masked = batch.maskable & ((u < t[:, None]) | (memdlm.order(batch.maskable, u) == 0))
+    masked = memdlm.at_least_one(batch.maskable, u, t[:, None])  # so that every sample has a loss
     if metric == "accuracy":
         masked = batch.maskable
     xt = torch.where(masked, model.backbone.mask_id, batch.x0)
@@ -124,13 +123,16 @@ def kind_of(s):
 class Group(NamedTuple):
     """Runs that differ in the seed alone."""
     s: Settings
+    seeds: list
     values: dict   # (row label, column) -> [runs, samples]
     roles: dict    # role -> row label
 
+    def all(self, role):
+        """A row's samples of all columns, [runs, columns * samples]."""
+        return torch.cat([value for (label, _), value in self.values.items() if label == self.roles[role]], dim=1)
+
     def mean(self, role):
-        """Over runs, samples and columns."""
-        cells = [value.mean().item() for (label, _), value in self.values.items() if label == self.roles[role]]
-        return sum(cells) / len(cells)
+        return self.all(role).mean().item()
 
 
 def compare(folders, samples, changes=None):
@@ -144,7 +146,7 @@ def compare(folders, samples, changes=None):
         s, data, values, roles = run_values(part, samples, changes)
         same = json.dumps({**asdict(s), "seed": 0, "control": 0, "threads": 0, "table_samples": 0}, sort_keys=True)
         groups.setdefault(same, []).append((s, values, roles))
-    return data, [Group(runs[0][0], {key: torch.stack([values[key] for _, values, _ in runs]) for key in runs[0][1]},
+    return data, [Group(runs[0][0], [s.seed for s, _, _ in runs], {key: torch.stack([values[key] for _, values, _ in runs]) for key in runs[0][1]},
                         runs[0][2]) for runs in groups.values()]
 
 
@@ -190,6 +192,11 @@ def findings(data, groups):
         alone, own, other = group.mean("alone"), group.mean("own"), group.mean("other")
         lines.append(f"- {kind_of(group.s)}: {alone:.3f} alone, {own:.3f} with phi of its prompt, {other:.3f} with phi "
                      "of another prompt (means over columns).")
+        if base and group is not base and group.seeds == base.seeds and group.s.closed_book == base.s.closed_book:
+            pairs = [(role, summary(group.all(role) - base.all(role))) for role in ("alone", "own")]
+            lines.append("  Against the baseline, same seeds: " + ", ".join(
+                f"{mean:+.4f} +-{error:.4f} {'alone' if role == 'alone' else 'with the same adaptation'}"
+                for role, (mean, error) in pairs) + ".")
         if "leak" in group.roles:
             lines.append(f"  The loss that its training shows, {group.mean('leak'):.3f}, is with a phi that has seen the "
                          f"answers; theta alone is at {alone:.3f}"

@@ -105,7 +105,7 @@ h1{font-size:1.2rem}h2{font-size:1rem;margin:1.5rem 0 .3rem}
 .prompt{color:#555;background:#fafafa}.given{color:#888}.masked{color:#bbb}.new{background:#f0c040}.done{color:#000}
 input{width:70%;vertical-align:middle}button{font:inherit;margin-right:.6rem}
 </style>
-<h1>The same prompt, without memory and with it</h1>
+<h1>Denoising, step by step</h1>
 <div class="prompt">PROMPT</div>
 <p><button id="play">play</button><input id="at" type="range" min="0" max="1000" value="0" aria-label="time">
 <span id="step"></span></p>
@@ -122,7 +122,8 @@ function draw() {                       // one timeline for all panels, however 
   panels.forEach((p, i) => {
     const n = p.frames.length - 1, k = Math.round(at.value / 1000 * n);
     views[i].replaceChildren(...p.frames[k].map(([piece, state]) => {
-      const s = document.createElement("span"); s.className = state; s.textContent = piece + p.joiner; return s; }));
+      const s = document.createElement("span"), all = document.createElement("span");
+      s.className = state; s.textContent = piece; all.append(s, p.joiner); return all; }));
     document.getElementById("step").textContent = "step " + k + " of " + n;
   });
 }
@@ -164,8 +165,8 @@ def respond(s, data, model, sample, arguments, truth=None):
     prompt = data.tokenizer.decode(sample.prompt)
     print(f"prompt{book}: {prompt}")
     if not all(sample.answer):
-        pieces = zip(data.tokenizer.pieces(sample.rest), sample.answer)
-        print(f"question: {joiner.join('?' if gap else piece for piece, gap in pieces)}")
+        shown = ["?" if gap else data.tokenizer.decode([token]) for token, gap in zip(sample.rest, sample.answer)]
+        print(f"question: {joiner.join(piece for piece in shown if piece)}")
     for a in answers:
         losses = f"   [inner loss {' > '.join(f'{x:.2f}' for x in a.losses)}]" if a.losses else ""
         print(f"{a.label}: {a.text}{losses}")
@@ -174,7 +175,7 @@ def respond(s, data, model, sample, arguments, truth=None):
         note = f"The right answer: {data.tokenizer.decode(until_eos(truth, data.tokenizer.eos_id))}"
         print(note)
     if arguments.html:
-        write_page(arguments.html, prompt, answers, joiner, note)
+        write_page(arguments.html, f"prompt{book}: {prompt}", answers, joiner, note)
         print(f"page written to {arguments.html}")
 
 

@@ -35,7 +35,8 @@ The backbone. Any masked diffusion LM with these can be trained here (toy/model.
     embed(ids)                       [B, L] -> [B, L, D]
     blocks(h, valid, start, stop)    run layers start..stop-1 on hidden states; stop=None means to the end
     head(h)                          [N, D] -> [N, V], final norm and unembedding, on the rows that need it
-    matrices(first, scope)           {name: nn.Linear} of layers first.. that fast weights may act on
+    matrices(first, scope)           {name: nn.Linear} of layers first.. that fast weights may act on: "ffn" or
+                                     "ffn+attn" (the published code never adapts attention in a MoE layer)
     num_layers, mask_id
 Tokens and masks stay on the CPU, hidden states live where the model lives. So the positions of the masks
 are known without asking the device, and nothing here makes a GPU wait.
@@ -98,7 +99,8 @@ class Settings:
             if choices and value not in choices:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
         kind, _, k = self.trajectory.partition(":")
-        if kind not in TRAJECTORIES or (kind == "cover") != k.isdecimal() or k == "0":
+        parts_fit = k.isdecimal() and int(k) > 0 if kind == "cover" else kind == self.trajectory
+        if kind not in TRAJECTORIES or not parts_fit:
             raise ValueError(f"trajectory is {self.trajectory!r}; it must be one of consistent, pre_only, "
                              "anchor_only, inconsistent, or cover:K with K of 1 or more (cover:4)")
         limits = [("inner_steps", 2, 1000), ("rank", 1, 1 << 20), ("layer_fraction", 1e-9, 1), ("pre_scale", 1, 1e9),
@@ -153,6 +155,11 @@ def order(where, u):
     return torch.where(where, u, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
 
 
+def at_least_one(maskable, u, rate):
+    """Each maskable position with probability `rate`; where that would be none, the one with the lowest u."""
+    return maskable & ((u < rate) | (order(maskable, u) == 0))
+
+
 # A trajectory is a list of masks [B, L]: the inner loop steps at each but the last, which is where the path
 # leads. With it comes the ratio [B] that weights each step, or None for the realised one.
 
@@ -161,7 +168,7 @@ def consistent(s, masked, maskable, t, seeds):
     n, m = maskable.sum(1), masked.sum(1)
     # 4.4:  rho_pre = min(1, max(s_pre rho, rho)), that is min(n, floor(s_pre m)) masks out of n.
     # Multiplying out n rho = m spares a division whose rounding could lose a mask.
-    extra = torch.minimum((s.pre_scale * m).floor().long(), n) - m
+    extra = torch.minimum((s.pre_scale * m.double() + 1e-9).floor().long(), n) - m
     free = maskable & ~masked
     rank = order(free, uniform(seeds, "pre-anchor", masked.shape[1]))
     masks = []
@@ -181,9 +188,10 @@ def anchor_only(s, masked, maskable, t, seeds):
 
 
 def inconsistent(s, masked, maskable, t, seeds):
-    """Masks that have nothing to do with the anchor: from 80 % down to 20 % in K steps (4.6)."""
+    """Masks that have nothing to do with the anchor: from 80 % down to 20 % in K steps (4.6). Weighted by the nominal
+    ratio, as in the published code, which draws the outer anchor only afterwards."""
     ratios = torch.linspace(0.8, s.anchor_ratio, s.inner_steps)
-    masks = [maskable & (uniform(seeds, f"inconsistent {k}", masked.shape[1]) < r) for k, r in enumerate(ratios)]
+    masks = [at_least_one(maskable, uniform(seeds, f"inconsistent {k}", masked.shape[1]), r) for k, r in enumerate(ratios)]
     return masks + [torch.zeros_like(masked)], [r.expand(len(masked)) for r in ratios]
 
 
@@ -324,7 +332,8 @@ def fast_weights(backbone, s, phi):
 
     handles, matrices = [], backbone.matrices(0, "ffn+attn") if phi else {}
     try:
-        handles = [matrices[name].register_forward_hook(hook(pair)) for name, pair in (phi or {}).items()]
+        for name, pair in (phi or {}).items():
+            handles.append(matrices[name].register_forward_hook(hook(pair)))
         yield
     finally:
         for handle in handles:
@@ -445,7 +454,11 @@ class MemDLM(nn.Module):
         return token_nll(self.backbone, top, batch.x0, masked), {}, h
 
     def memdlm_step(self, batch, t, xt, masked):
-        """MemDLM. Eq. 9: the same, given phi_K. First order (Eq. 10): phi_K is a constant by now."""
+        """MemDLM. Eq. 9: the same, given phi_K. First order (Eq. 10): phi_K is a constant by now.
+
+        Differs: in the published code phi still requires gradients here; they cost a backward pass for nothing and
+        enter the norm by which the gradient of theta is clipped.
+        """
         h = below(self.backbone, self.s, xt, batch.valid)
         phi, record = WRITE_FROM[self.s.memory_from](self.backbone, self.s, batch, t, xt, masked, h.detach())
         top = above(self.backbone, self.s, h, batch.valid, phi)
@@ -497,7 +510,7 @@ def adapt(backbone, s, prompt, valid, seeds):
     adapted, silently), and leaves dropout on. Here at least one token is masked, and the model is in eval mode.
     """
     u = uniform(seeds, "prompt anchor", prompt.shape[1])
-    masked = valid & ((u < s.anchor_ratio) | (order(valid, u) == 0))
+    masked = at_least_one(valid, u, s.anchor_ratio)
     path = stages(s, prompt, masked, valid, torch.full((len(prompt),), s.anchor_ratio), seeds, backbone.mask_id,
                   weighted=False)
 
@@ -546,7 +559,7 @@ def denoise(backbone, s, x, fill, valid, seeds, phi=None, steps=None, block_leng
     longest = max(1, int(fill.sum(1).max()))
     block_length = min(block_length or longest, longest)
     blocks = -(-longest // block_length)
-    per_block = max(1, (steps or longest) // blocks)
+    per_block = max(1, steps // blocks) if steps else block_length
     number = torch.where(fill, fill.cumsum(1) - 1, -1)  # [B, L] 0, 1, 2, ... over the open positions of a row
     for block in range(blocks):
         window = (number // block_length == block) & fill

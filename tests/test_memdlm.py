@@ -41,7 +41,7 @@ class Watched(ToyDLM):
         return super().embed(ids)
 
     def blocks(self, h, valid, start, stop):
-        self.runs.append((start, stop, torch.is_grad_enabled()))
+        self.runs.append((start, stop, h.requires_grad))
         self.modes.append(any(m.training for m in self.modules()))
         if len(self.runs) == self.fail_at:
             raise RuntimeError("broken")
@@ -132,7 +132,8 @@ def plain_path(s, length, maskable, masked, t, seed, weighted):
     elif kind == "inconsistent":
         nominal = [0.8 - 0.6 * k / (s.inner_steps - 1) for k in range(s.inner_steps)]
         us = [draw(seed, f"inconsistent {k}", length) for k in range(s.inner_steps)]
-        states = [{i for i in maskable if u[i] < r} for u, r in zip(us, nominal)] + [set()]
+        states = [{i for i in maskable if u[i] < r} or set(sorted(maskable, key=u.__getitem__)[:1])
+                  for u, r in zip(us, nominal)] + [set()]
     else:
         u, k = draw(seed, "cover", length), int(parts)
         shuffled = sorted(maskable, key=u.__getitem__)
@@ -313,10 +314,10 @@ def test_outer_loss_and_every_gradient_with_phi_as_a_constant(changes):
         h = hidden(theta, x0, masked)
         nll = sum(-theta.head(h[i][None])[0].log_softmax(-1)[x0[i]] for i in masked)
         part = nll / t / sum(response for _, response in SIZES)
-        want, masks, nats = want + float(part), masks + len(masked), nats + float(nll)
+        want, masks, nats = want + float(part.detach()), masks + len(masked), nats + float(nll.detach())
         grads = [total + g for total, g in zip(grads, gradients(part, theta))]
     loss, record = MemDLM(model, s)(batch)
-    assert float(loss) == pytest.approx(want, rel=1e-5) == float(record["loss"])
+    assert float(record["loss"]) == loss.item() == pytest.approx(want, rel=1e-5)
     assert float(record["ce"]) == pytest.approx(nats / masks, rel=1e-5)
     for (name, _), got, g in zip(model.named_parameters(), gradients(loss, model), grads):
         assert (got - g).norm() <= 1e-4 * g.norm() + 1e-6, name
@@ -367,18 +368,22 @@ def test_fast_weights_at_zero_change_no_bit_and_otherwise_act_as_merged(adapter,
 
 # ---- 4. A batch is its samples --------------------------------------------------------------------------
 
-def test_per_sample_phi_of_a_padded_batch_is_that_of_each_sample_alone():
-    model, s = toy(), settings(per_sample=True)
-    step = lambda batch: (*write(model, s, batch), MemDLM(model, s)(batch)[1])
-    phi, record, _ = step(batch_of())
-    total = 0.0
-    for b in range(3):
-        alone, alone_record, outer = step(batch_of(SIZES[b:b + 1], SEEDS[b:b + 1]))
-        for name, pair in phi.items():
-            for w, w1 in zip(pair, alone[name]):
-                torch.testing.assert_close(w[b], w1[0], rtol=1e-4, atol=2e-6)
-        total += float(outer["loss"]) * SIZES[b][1]
-    assert float(MemDLM(model, s)(batch_of())[0]) * 21 == pytest.approx(total, rel=1e-5)
+@pytest.mark.parametrize("trajectory", ["consistent", "inconsistent", "cover:3"])
+@pytest.mark.parametrize("use", ["training", "prompt"])
+def test_per_sample_phi_of_a_padded_batch_is_that_of_each_sample_alone(use, trajectory):
+    model, s = toy(), settings(per_sample=True, trajectory=trajectory)
+
+    def run(*which):
+        batch = batch_of([SIZES[b] for b in which], [SEEDS[b] for b in which])
+        if use == "prompt":
+            return memdlm.adapt(model, s, batch.prompt, batch.prompt_valid, batch.seeds)[0], 0
+        return write(model, s, batch)[0], MemDLM(model, s)(batch)[0].detach() * batch.maskable.sum()
+
+    (phi, loss), alone = run(0, 1, 2), [run(b) for b in range(3)]
+    torch.testing.assert_close(loss, sum(loss for _, loss in alone))
+    for name, pair in phi.items():
+        for k, w in enumerate(pair):
+            torch.testing.assert_close(w, torch.cat([one[name][k] for one, _ in alone]), rtol=1e-4, atol=2e-6)
 
 
 def test_alone_shared_and_per_sample_phi_agree_exactly():
@@ -386,18 +391,6 @@ def test_alone_shared_and_per_sample_phi_agree_exactly():
     one, other = (MemDLM(model, settings(per_sample=flag))(batch)[0] for flag in (False, True))
     assert torch.equal(one, other)
     assert all(torch.equal(a, b) for a, b in zip(gradients(one, model), gradients(other, model)))
-
-
-@pytest.mark.parametrize("trajectory", ["consistent", "inconsistent", "cover:3"])
-def test_adapting_a_batch_of_prompts_is_adapting_each(trajectory):
-    model, s, batch = toy(), settings(trajectory=trajectory), batch_of()
-    phi, record = memdlm.adapt(model, s, batch.prompt, batch.prompt_valid, SEEDS)
-    for b in range(3):
-        row = batch.prompt[b:b + 1, :SIZES[b][0]]
-        alone, _ = memdlm.adapt(model, s, row, torch.ones_like(row, dtype=torch.bool), SEEDS[b:b + 1])
-        for name, pair in phi.items():
-            for w, w1 in zip(pair, alone[name]):
-                torch.testing.assert_close(w[b], w1[0], rtol=1e-4, atol=2e-6)
 
 
 # ---- 5. Masks -------------------------------------------------------------------------------------------
@@ -428,7 +421,6 @@ def test_states_walk_from_the_pre_anchor_down_to_exactly_the_anchor(n, m, pre_sc
     assert len(pre) == K and all(torch.equal(a, b) for a, b in zip(pre, masks))
 
 
-@pytest.mark.xfail(strict=True, reason="s_pre m in float32: 1.3 * 90 gives 116 masks, 1.05 * 60 gives 62")
 def test_pre_anchor_count_is_exact_for_decimal_scales():
     for text, m in (("1.3", 90), ("1.05", 60), ("2.1", 30), ("1.3", 10)):
         maskable = torch.ones(1, 300, dtype=torch.bool)
@@ -450,8 +442,8 @@ def test_cover_is_disjoint_even_and_covers(n, K, seed):
     maskable = some(n, torch.arange(40)[None] % 7 != 2)
     masks, _ = memdlm.cover(settings(trajectory=f"cover:{K}"), maskable, maskable, None, [seed])
     counts = [int(mask.sum()) for mask in masks]
-    assert len(masks) == K + 1 and counts.pop() == 0 and torch.equal(sum(mask.long() for mask in masks), maskable.long())
-    assert max(counts) - min(counts) <= 1
+    assert torch.equal(sum(mask.long() for mask in masks), maskable.long())
+    assert len(masks) == K + 1 and counts.pop() == 0 and max(counts) - min(counts) <= 1
 
 
 def test_noise_masks_a_share_t_of_the_maskable_tokens_and_nothing_else():
@@ -514,8 +506,7 @@ def test_a_prompt_has_at_least_one_mask(ratio, masks):
     assert [int((x == MASK).sum()) for x in model.embeds] == [masks, masks]
 
 
-@pytest.mark.xfail(strict=True, reason="inconsistent masks of a short prompt can all be empty: nothing is adapted")
-@pytest.mark.parametrize("trajectory", ["inconsistent"])
+@pytest.mark.parametrize("trajectory", ["consistent", "inconsistent", "cover:3"])
 def test_short_prompts_are_always_adapted(trajectory):
     model, s = toy(), settings(trajectory=trajectory)
     prompt = torch.arange(8)[:, None]
@@ -526,12 +517,13 @@ def test_short_prompts_are_always_adapted(trajectory):
 # ---- 6. Every variant of the inner loop -----------------------------------------------------------------
 
 VARIANTS = [{}, *({"inner_loss": kind} for kind in ("kl", "reverse_kl", "hidden_mse", "hidden_cosine")),
-            {"inner_loss": "kl", "stage1_target": "anchor_tokens"}, {"stage1_target": "anchor_tokens"},
-            {"trajectory": "pre_only"}, {"trajectory": "anchor_only"}, {"trajectory": "anchor_only", "inner_loss": "kl"},
-            {"trajectory": "inconsistent", "inner_loss": "reverse_kl"}, {"trajectory": "cover:3"}, {"inner_steps": 3},
+            {"stage1_target": "anchor_tokens"}, {"stage1_target": "anchor_tokens", "inner_loss": "kl"},
+            {"trajectory": "pre_only"}, {"trajectory": "anchor_only"}, {"trajectory": "cover:3"},
+            {"trajectory": "anchor_only", "inner_loss": "kl"}, {"trajectory": "inconsistent"},
+            {"trajectory": "inconsistent", "inner_loss": "reverse_kl"}, {"inner_steps": 3}, {"pre_scale": 2.0},
             {"clip_norm": 0.5}, {"clip": "global"}, {"clip": "global", "clip_norm": 2.0}, {"clip": "none"},
             {"scope": "ffn+attn"}, {"layer_fraction": 0.25}, {"layer_fraction": 1.0, "inner_loss": "hidden_mse"},
-            {"adapter": "full"}, {"adapter": "full", "clip": "global", "scope": "ffn+attn"}, {"pre_scale": 2.0}]
+            {"adapter": "full"}, {"adapter": "full", "clip": "global", "scope": "ffn+attn"}]
 
 
 @pytest.mark.parametrize("use", ["training, shared", "training, per sample", "prompt"])
@@ -571,7 +563,7 @@ def test_phi_0_is_seeded_kaiming_uniform_times_zero():
 
 @pytest.mark.parametrize("layers, fraction, first", [(16, 0.1, 14), (20, 0.1, 18), (16, 0.05, 15), (20, 0.05, 19),
                                                      (16, 0.25, 12), (20, 0.5, 10), (2, 0.1, 1), (1, 0.1, 0),
-                                                     (4, 1.0, 0), (4, 1e-9, 3)])
+                                                     (4, 1.0, 0), (4, 0.1, 3), (4, 0.3, 2), (4, 0.0, 3)])
 def test_fast_weights_sit_in_the_last_share_of_the_layers(layers, fraction, first):
     assert memdlm.first_layer(layers, fraction) == first
 
@@ -616,7 +608,6 @@ def test_the_model_is_as_before_whatever_happens(use, fail_at):
     assert all(torch.equal(weights[k], weights_now[k]) for k in weights)
 
 
-@pytest.mark.xfail(strict=True, reason="hooks set before an unknown name are never removed")
 def test_an_unknown_matrix_leaves_no_hook():
     model, s = toy(), settings()
     phi = memdlm.fresh_phi(model, s, [0])
@@ -627,20 +618,19 @@ def test_an_unknown_matrix_leaves_no_hook():
 
 # ---- 8. Non-finite steps --------------------------------------------------------------------------------
 
-def test_a_sample_that_is_not_finite_keeps_its_phi_and_the_others_step():
+def test_samples_that_are_not_finite_keep_their_phi_and_the_others_step():
     model, s, batch = toy(), settings(per_sample=True), batch_of()
     good, _ = write(model, s, batch)
-    poison = int(batch.x0[1, 0])
-    assert not any((batch.x0[b, batch.valid[b]] == poison).any() for b in (0, 2))
+    poison = [int(x) for b in (1, 2) for x in batch.x0[b, batch.valid[b]] if x not in batch.x0[0]]
     with torch.no_grad():
         model.embedding.weight[poison] = math.nan
     phi, record = write(model, s, batch)
     phi0 = memdlm.fresh_phi(model, s, SEEDS)
-    assert record["skipped"] == 2  # one sample, both stages
+    assert record["skipped"] == 4  # two samples, both stages
     for name in phi:
         for w, w0, w1 in zip(phi[name], phi0[name], good[name]):
-            assert torch.equal(w[1], w0[1])
-            torch.testing.assert_close(w[[0, 2]], w1[[0, 2]], rtol=1e-5, atol=1e-6)
+            assert torch.equal(w[1:], w0[1:])
+            torch.testing.assert_close(w[0], w1[0], rtol=1e-5, atol=1e-6)
     shared, record = write(model, settings(), batch)
     assert record["skipped"] == 2 and all(torch.equal(w[0], w0[0]) for n in phi0 for w, w0 in zip(shared[n], phi0[n]))
 
@@ -668,8 +658,9 @@ def test_the_anchor_prefix_is_computed_once_and_the_head_sees_masked_rows_only()
     pre, anchor = (sum(len(path[k][1]) for path in paths) for k in (0, 1))
     assert anchor < pre < 21
     MemDLM(model, s)(batch)
-    # the anchor's prefix, with gradient; pre-anchor's, without; then two inner steps and the outer pass on top
-    assert model.runs == [(0, 2, True), (0, 2, False), (2, None, True), (2, None, True), (2, None, True)]
+    # The anchor's prefix, the pre-anchor's; two inner steps on top of them as constants, the outer pass with gradient.
+    inner = [(0, 2, False), (2, None, False), (2, None, False)]
+    assert model.runs == [(0, 2, True), *inner, (2, None, True)]
     assert [int((x == MASK).sum()) for x in model.embeds] == [anchor, pre] and model.heads == [pre, anchor, anchor]
     model.watch()
     MemDLM(model, s)(batch, report=True)
@@ -677,6 +668,9 @@ def test_the_anchor_prefix_is_computed_once_and_the_head_sees_masked_rows_only()
     model.watch()
     MemDLM(model, settings(memory=False))(batch)
     assert model.runs == [(0, 2, True), (2, None, True)] and model.heads == [anchor]
+    model.watch()
+    memdlm.adapt(model, s, batch.prompt, batch.prompt_valid, SEEDS)
+    assert model.runs == inner[:2] * 2  # a prompt has no outer pass to share with
 
 
 # ---- 10. Decoding ---------------------------------------------------------------------------------------
@@ -718,8 +712,9 @@ def commits(canvases):
     return [[set(positions(a != b)) for a, b in zip(old, new)] for old, new in zip(canvases, canvases[1:])]
 
 
-@pytest.mark.parametrize("options", [{}, {"steps": 4}, {"steps": 50}, {"block_length": 3, "steps": 9}, {"temperature": 2.0},
-                                     {"remasking": "random"}, {"cfg_scale": 1.0, "block_length": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"steps": 4}, {"steps": 50}, {"block_length": 3, "steps": 9},
+                                     {"temperature": 2.0}, {"remasking": "random"},
+                                     {"cfg_scale": 1.0, "block_length": 3}], ids=str)
 def test_every_gap_is_filled_once_with_a_real_token_and_the_rest_is_left_alone(options):
     favoured = table(15)
     favoured[:, MASK] += 1e4
@@ -748,7 +743,6 @@ def test_steps_counts_and_blocks_from_left_to_right():
         assert all((i - prompt) // 3 == k // 2 for filled, (prompt, _) in zip(step, SIZES) for i in filled)
 
 
-@pytest.mark.xfail(strict=True, reason="without `steps`, blocks that do not divide the gaps evenly get too few steps")
 def test_without_steps_one_token_is_committed_at_a_time_in_blocks_too():
     filled = commits(decode(Table(table(15)), batch_of(), block_length=4))
     assert all(len(step[b]) <= 1 for step in filled for b in range(3))
@@ -786,13 +780,21 @@ def test_temperature_samples_the_tempered_distribution(T):
     assert far(torch.bincount(tokens, minlength=V), expected) < 3
 
 
+def test_each_step_samples_anew():
+    """Two gaps of the same odds, one after the other: all pairs of tokens are as frequent as if independent."""
+    logits = torch.full((3, V), -1e4)
+    logits[1:, :3] = 0.0
+    tokens = decode(Table(logits), same_rows(1800, 2), temperature=1.0, block_length=1)[-1]
+    assert far(torch.bincount(3 * tokens[:, 1] + tokens[:, 2], minlength=9).float(), torch.full((9,), 200.0)) < 3
+
+
 def test_confidence_is_the_plain_probability_of_the_sampled_token():
     """Gaps of [.9 .1] and [.4 .35 .25]: the second is committed first whenever the first has drawn its .1."""
     logits = torch.full((3, V), -1e4)
     logits[1, :2], logits[2, :3] = torch.tensor([0.9, 0.1]).log(), torch.tensor([0.4, 0.35, 0.25]).log()
     first = decode(Table(logits), same_rows(2000, 2), temperature=1.0)[1]
     sure = first[:, 1] != MASK
-    assert (first[sure, 1] == 0).all() and far(torch.tensor([sure.sum(), (~sure).sum()]), torch.tensor([1800., 200])) < 3
+    assert (first[sure, 1] == 0).all() and abs(int(sure.sum()) - 1800) < 45
 
 
 def test_random_remasking_takes_any_position_and_still_the_best_token():
@@ -813,8 +815,9 @@ def test_guidance_moves_away_from_the_blind_logits():
     model, batch = toy(), batch_of()
     decode(model, batch, cfg_scale=1.0, steps=2)
     seen, blind = model.embeds[2:]
-    assert (blind[batch.valid & ~batch.maskable] == MASK).all() and torch.equal(blind[batch.maskable], seen[batch.maskable])
-    assert torch.equal(seen[batch.valid & ~batch.maskable], batch.x0[batch.valid & ~batch.maskable])
+    prompt = batch.valid & ~batch.maskable
+    assert (blind[prompt] == MASK).all() and torch.equal(seen[prompt], batch.x0[prompt])
+    assert torch.equal(blind[batch.maskable], seen[batch.maskable]) and (seen[batch.maskable] != MASK).any()
 
 
 @pytest.mark.parametrize("options", [{}, {"steps": 4}, {"temperature": 1.0}, {"remasking": "random", "cfg_scale": 0.5}],
@@ -885,8 +888,7 @@ def test_exposure_bias_against_loops(with_phi):
 def test_an_oracle_has_no_exposure_bias():
     """Always right: its own tokens are the truth. Equally sure everywhere: position does not matter either."""
     batch = batch_of(SIZES[:1], SEEDS[:1])
-    run = lambda logits: memdlm.exposure_bias(Table(logits), settings(), batch.x0, batch.maskable, batch.valid, SEEDS[:1],
-                                              RATIOS)
+    run = lambda logits: memdlm.exposure_bias(Table(logits), settings(), *batch[:3], SEEDS[:1], RATIOS)
     sure = 9 * nn.functional.one_hot(batch.x0[0], V).float()
     curves = run(sure)
     torch.testing.assert_close(curves["sequential"], curves["static"])
@@ -910,13 +912,12 @@ def test_a_bad_setting_is_named_in_one_line(name, value):
 
 def test_defaults_are_the_papers():
     s = Settings()
-    assert (s.trajectory, s.inner_steps, s.inner_loss, s.stage1_target, s.pre_scale) == ("consistent", 2, "ce", "clean", 1.5)
-    assert (s.inner_lr, s.clip, s.clip_norm, s.anchor_ratio, s.min_t) == (0.1, "local", 1.0, 0.2, 1e-3)
+    assert (s.trajectory, s.inner_steps, s.inner_loss, s.stage1_target) == ("consistent", 2, "ce", "clean")
+    assert (s.pre_scale, s.inner_lr, s.clip, s.clip_norm, s.anchor_ratio, s.min_t) == (1.5, 0.1, "local", 1.0, 0.2, 1e-3)
     assert (s.layer_fraction, s.scope, s.adapter, s.rank, s.alpha) == (0.1, "ffn", "lora", 32, 64.0)
     assert (s.memory, s.memory_from, s.closed_book, s.per_sample) == (True, "response", False, False)
 
 
-@pytest.mark.xfail(strict=True, reason="cover:00 is accepted and fails later, with no step to take")
 def test_cover_00_is_refused():
     with pytest.raises(ValueError, match="trajectory"):
         Settings(trajectory="cover:00")
