@@ -114,10 +114,10 @@ def run_values(folder, samples, changes):
 
 def kind_of(s):
     """A run's name in the table."""
+    book = "closed book: the decoder does not see the prompt" if s.closed_book else "attention sees the prompt"
     if not s.memory:
-        return "MDLM, closed book" if s.closed_book else "MDLM (no memory in training)"
-    book = "closed book" if s.closed_book else "sees the prompt"
-    return f"MemDLM, memory written from the {s.memory_from}, {book}"
+        return f"MDLM, {book}"
+    return f"MemDLM{' as published' if s.memory_from == 'response' else ', phi read from the prompt'}; {book}"
 
 
 class Group(NamedTuple):
@@ -166,12 +166,17 @@ def cells(data, group, label):
     return [summary(value - alone if change else value) for value, alone in rows]
 
 
+def columns_mean(data):
+    return {"dictionary": "prompt tokens x times each pair is stated",
+            "retrieval": "task and prompt tokens"}.get(data.kind, "prompt tokens")
+
+
 def table(data, groups):
     """The comparison as text: a block per kind of run, a row per source of phi, a column per task or length."""
     what = {"accuracy": "share of answers right, decoded",
             "nats": "nats per masked answer token; below the first row: the change, less is better"}[data.metric]
     lines = [f"{data.kind}: {what}. Columns: "
-             + ("prompt tokens x times each pair is stated; chance 0.025" if data.kind == "dictionary" else "prompt length")]
+             + columns_mean(data) + ("; chance 0.025" if data.kind == "dictionary" else "")]
     wide = max(len(label) for group in groups for label, _ in group.values) + 4
     for group in groups:
         runs = len(next(iter(group.values.values())))
@@ -232,7 +237,7 @@ def panel_picture(data, groups, path):
     plt = pyplot()
     if plt is None:
         return
-    figure, axes = plt.subplots(1, len(groups), figsize=(6.5 * len(groups), 3.8), layout="constrained", squeeze=False,
+    figure, axes = plt.subplots(1, len(groups), figsize=(6.5 * len(groups), 4.4), layout="constrained", squeeze=False,
                                 sharey=True)
     for group, ax in zip(groups, axes[0]):
         labels = list(dict.fromkeys(label for label, _ in group.values))
@@ -245,9 +250,11 @@ def panel_picture(data, groups, path):
         ax.set_title(kind_of(group.s), fontsize=10)
         ax.set_xticks(range(len(data.columns)), list(data.columns))
         ax.set_ylabel("share of answers right" if data.metric == "accuracy" else "change in nats per token (less is better)")
-        ax.legend(frameon=False, fontsize=7, title="phi written from", title_fontsize=7)
+        ax.set_xlabel(columns_mean(data))
+        ax.legend(frameon=False, fontsize=8, title="phi written from", title_fontsize=8, ncol=2,
+                  loc="upper center", bbox_to_anchor=(0.5, -0.16))
     if data.metric == "accuracy":
-        axes[0][0].set_ylim(0, 1.02)
+        axes[0][0].set_ylim(0, 1.05)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     print(f"picture in {path}")

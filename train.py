@@ -72,7 +72,7 @@ RECIPES = {
     "dictionary": dict(memory_from="prompt", layers=1, steps=1000, lr=3e-3),
     "languages": dict(steps=350, lr=3e-3),
     "retrieval": dict(steps=2000, lr=3e-3),
-    "text": dict(steps=1500, batch=16, lr=2e-3, layers=4, width=96, control=False),
+    "text": dict(steps=1000, batch=16, lr=2e-3, layers=4, width=96, control=False),
 }
 # ... and by what phi is written from. A phi shared by a batch of 32 writes 1/32 as much into each sample, so each has
 # its own here. Written from the response, phi holds the answers of the outer loss; trained from scratch at the

@@ -899,9 +899,10 @@ def test_an_oracle_has_no_exposure_bias():
 # ---- 12. Settings and randomness ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, value", [
-    ("trajectory", "cover"), ("trajectory", "cover:0"), ("trajectory", "cover:x"), ("trajectory", "consistent:2"),
-    ("trajectory", "nonsense"), ("inner_loss", "mse"), ("stage1_target", "all"), ("clip", "l2"), ("scope", "attn"),
-    ("adapter", "dora"), ("memory_from", "both"), ("inner_steps", 1), ("rank", 0), ("layer_fraction", 0.0),
+    ("trajectory", "cover"), ("trajectory", "cover:0"), ("trajectory", "cover:00"), ("trajectory", "cover:x"),
+    ("trajectory", "consistent:"), ("trajectory", "consistent:2"), ("trajectory", "nonsense"), ("inner_loss", "mse"),
+    ("stage1_target", "all"), ("clip", "l2"), ("scope", "attn"), ("adapter", "dora"), ("memory_from", "both"),
+    ("inner_steps", 1), ("rank", 0), ("layer_fraction", 0.0),
     ("layer_fraction", 1.1), ("pre_scale", 0.9), ("pre_scale", math.nan), ("anchor_ratio", -0.1), ("anchor_ratio", 1.1),
     ("inner_lr", -1.0), ("inner_lr", math.nan), ("clip_norm", 0.0), ("min_t", 0.0), ("min_t", 1.5)])
 def test_a_bad_setting_is_named_in_one_line(name, value):
@@ -913,14 +914,10 @@ def test_a_bad_setting_is_named_in_one_line(name, value):
 def test_defaults_are_the_papers():
     s = Settings()
     assert (s.trajectory, s.inner_steps, s.inner_loss, s.stage1_target) == ("consistent", 2, "ce", "clean")
-    assert (s.pre_scale, s.inner_lr, s.clip, s.clip_norm, s.anchor_ratio, s.min_t) == (1.5, 0.1, "local", 1.0, 0.2, 1e-3)
+    assert (s.pre_scale, s.inner_lr, s.clip, s.clip_norm) == (1.5, 0.1, "local", 1.0)
+    assert (s.anchor_ratio, s.min_t) == (0.2, 1e-3)
     assert (s.layer_fraction, s.scope, s.adapter, s.rank, s.alpha) == (0.1, "ffn", "lora", 32, 64.0)
     assert (s.memory, s.memory_from, s.closed_book, s.per_sample) == (True, "response", False, False)
-
-
-def test_cover_00_is_refused():
-    with pytest.raises(ValueError, match="trajectory"):
-        Settings(trajectory="cover:00")
 
 
 @hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
