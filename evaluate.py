@@ -8,8 +8,8 @@
 
 The rows of the table say what phi is written from. "nothing" is theta alone, the paper's "train-only" for a model that
 was trained with memory; "its prompt" is "train & inference". "another prompt" shows how much of that has nothing to
-do with memory. "the answers" is the loss that training itself reports: phi has seen these very tokens, so it compares
-with nothing.
+do with memory. "the answers" is how training itself writes phi: it has seen these very tokens, so it compares with
+nothing.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import memdlm
-from train import Settings, add_flags, latest_run, one_line, open_run, pyplot, read_settings, write_whole
+from train import Settings, add_flags, control, latest_run, one_line, open_run, pyplot, read_settings, write_whole
 
 CHUNK = 50  # samples measured at once
 
@@ -54,12 +54,15 @@ def rows_for(s, changes):
     """The rows of a run with settings s; `changes` are inner-loop settings from the command line."""
     def row(source, role="", **other):
         inner = replace(s, **other)
-        masks = "paper's masks" if inner.trajectory == "consistent" else inner.trajectory
+        published = (inner.trajectory, inner.inner_steps, inner.pre_scale, inner.anchor_ratio) == ("consistent", 2, 1.5, 0.2)
+        masks = "paper's masks" if published else inner.trajectory
         name = {"prompt": "its prompt", "another": "another prompt"}[source]
-        extra = "".join(f", {k} {v}" for k, v in other.items() if k not in ("trajectory", "inner_lr", "inner_steps"))
+        extra = "".join(f", {k} {v}" for k, v in other.items()
+                        if k not in ("trajectory", "inner_lr") and not (k == "inner_steps" and published))
         return Row(f"{name}, {masks}, eta {inner.inner_lr:g}{extra}", inner, source, role)
 
-    paper, rows = dict(trajectory="consistent", inner_steps=2), [Row("nothing (theta alone)", s, "nothing", "alone")]
+    paper = dict(trajectory="consistent", inner_steps=2, pre_scale=1.5, anchor_ratio=0.2)
+    rows = [Row("nothing (theta alone)", s, "nothing", "alone")]
     if s.memory and s.memory_from == "prompt":  # it has learned to read phi written this way
         rows += [row("prompt", "own"), row("another", "other"), row("prompt", **paper)]
     else:
@@ -67,9 +70,10 @@ def rows_for(s, changes):
         rows += [row("prompt", **paper, inner_lr=0.1), row("another", **paper, inner_lr=0.1),
                  row("prompt", "own", **cover), row("another", "other", **cover)]
         if s.memory:
-            rows.insert(1, row("prompt", **paper))
+            rows.insert(1, row("prompt"))
             rows.append(Row(f"the answers, eta {s.inner_lr:g} (leaks)", s, "answers", "leak"))
-    return rows + ([row("prompt", **changes), row("another", **changes)] if changes else [])
+    rows += [row("prompt", **changes), row("another", **changes)] if changes else []
+    return list({row.label: row for row in reversed(rows)}.values())[::-1]  # a label once; the first of its kind stays
 
 
 # ---- Measuring ----------------------------------------------------------------------------------------
@@ -100,14 +104,14 @@ def run_values(folder, samples, changes):
     """Settings, data and {(row label, column): [samples]} of one run, with the label of each role."""
     s, data, model = open_run(folder)
     values, roles = {}, {}
+    chunks = -(-samples // CHUNK)  # of nearly equal size: a chunk of one would have no other prompt
+    edges = [samples * i // chunks for i in range(chunks + 1)]
     for row in tqdm(rows_for(s, changes), desc=f"measuring {folder}", unit="row", leave=False):
         if row.role:
             roles[row.role] = row.label
         for column in data.columns:
-            parts = []
-            for start in range(0, samples, CHUNK):
-                batch, _ = data.tests(column, min(CHUNK, samples - start), s.closed_book, seed=f"test {start}")
-                parts.append(measure(model, row.s, row.source, batch, data.metric))
+            parts = [measure(model, row.s, row.source, data.tests(column, range(start, end), s.closed_book), data.metric)
+                     for start, end in zip(edges, edges[1:])]
             values[row.label, column] = torch.cat(parts).double()
     return s, data, values, roles
 
@@ -117,7 +121,7 @@ def kind_of(s):
     book = "closed book: the decoder does not see the prompt" if s.closed_book else "attention sees the prompt"
     if not s.memory:
         return f"MDLM, {book}"
-    return f"MemDLM{' as published' if s.memory_from == 'response' else ', phi read from the prompt'}; {book}"
+    return f"MemDLM, phi written from the {s.memory_from} in training; {book}"
 
 
 class Group(NamedTuple):
@@ -135,19 +139,39 @@ class Group(NamedTuple):
         return self.all(role).mean().item()
 
 
+def with_controls(folders):
+    """Run folders and the controls inside them, each once. ValueError if their samples differ."""
+    parts = [part for folder in folders for part in (Path(folder), Path(folder) / "control")
+             if part == Path(folder) or (part / "settings.json").exists()]
+    parts = list({part.resolve(): part for part in parts}.values())
+    kinds = {(s.data, s.prompt_length, s.response_length) for s in map(read_settings, parts)}
+    if len(kinds) > 1:
+        raise ValueError("these runs were trained on different data or lengths; compare runs of one kind at a time")
+    return parts
+
+
 def compare(folders, samples, changes=None):
     """Measure runs and their controls. Returns the data and a Group per kind of run."""
-    parts = [part for folder in folders for part in (folder, folder / "control")
-             if part == folder or (part / "settings.json").exists()]
-    if len({read_settings(part).data for part in parts}) > 1:
-        raise ValueError("these runs were trained on different data; compare runs of one kind of data at a time")
     groups = {}
-    for part in parts:
+    for part in with_controls(folders):
         s, data, values, roles = run_values(part, samples, changes)
-        same = json.dumps({**asdict(s), "seed": 0, "control": 0, "threads": 0, "table_samples": 0}, sort_keys=True)
-        groups.setdefault(same, []).append((s, values, roles))
-    return data, [Group(runs[0][0], [s.seed for s, _, _ in runs], {key: torch.stack([values[key] for _, values, _ in runs]) for key in runs[0][1]},
+        groups.setdefault(same_but(s, "seed"), []).append((s, values, roles))
+    return data, [Group(runs[0][0], [s.seed for s, _, _ in runs], {key: torch.stack([values[key] for _, values, _ in runs])
+                                                                   for key in runs[0][1]},
                         runs[0][2]) for runs in groups.values()]
+
+
+def same_but(s, *names):
+    """A key that is equal for settings that differ at most in `names` and in what does not change a result."""
+    ignored = {"control", "threads", "table_samples", "log_every", "save_every", "sample_every", *names}
+    return json.dumps({k: v for k, v in asdict(s).items() if k not in ignored}, sort_keys=True)
+
+
+def control_of(group, groups):
+    """The group that is this one's control in all but the seed; without memory the inner loop's settings are idle."""
+    idle = set(memdlm.Settings.__dataclass_fields__) - {"memory", "closed_book", "min_t"}
+    wanted = same_but(control(group.s), "seed", *idle)
+    return next((g for g in groups if group.s.memory and same_but(g.s, "seed", *idle) == wanted), None)
 
 
 def summary(values):
@@ -192,25 +216,25 @@ def table(data, groups):
 
 def findings(data, groups):
     """What the numbers of a table say, a sentence each. Computed, never assumed."""
-    base, lines = next((group for group in groups if not group.s.memory), None), []
+    lines, better = [], (lambda a, b: a > b) if data.metric == "accuracy" else (lambda a, b: a < b)
     for group in groups:
         alone, own, other = group.mean("alone"), group.mean("own"), group.mean("other")
-        lines.append(f"- {kind_of(group.s)}: {alone:.3f} alone, {own:.3f} with phi of its prompt, {other:.3f} with phi "
-                     "of another prompt (means over columns).")
-        if base and group is not base and group.seeds == base.seeds and group.s.closed_book == base.s.closed_book:
-            pairs = [(role, summary(group.all(role) - base.all(role))) for role in ("alone", "own")]
-            lines.append("  Against the baseline, same seeds: " + ", ".join(
+        lines.append(f"- {kind_of(group.s)}: {alone:.3f} alone, {own:.3f} with phi of {group.roles['own']}, {other:.3f} "
+                     "with phi of another prompt (means over columns).")
+        base = control_of(group, groups)
+        if base and group.s.closed_book:
+            lines.append("  The decoder does not see the prompt; what it knows came through phi. Attention that sees "
+                         f"the prompt, trained as many steps, reaches {base.mean('alone'):.3f}.")
+        elif base and group.seeds == base.seeds:
+            roles = [role for role in ("alone", "own") if group.roles[role] == base.roles[role]]
+            pairs = [(role, *summary(group.all(role) - base.all(role))) for role in roles]
+            lines.append("  Against the baseline, paired: " + ", ".join(
                 f"{mean:+.4f} +-{error:.4f} {'alone' if role == 'alone' else 'with the same adaptation'}"
-                for role, (mean, error) in pairs) + ".")
-        if "leak" in group.roles:
-            lines.append(f"  The loss that its training shows, {group.mean('leak'):.3f}, is with a phi that has seen the "
-                         f"answers; theta alone is at {alone:.3f}"
-                         + (f", the baseline at {base.mean('alone'):.3f}" if base else "") + ". The gap is leakage: "
-                           "with a larger --inner-lr phi carries the answers and theta need not learn them.")
-        if group.s.closed_book and group.s.memory:
-            lines.append("  The decoder does not see the prompt; what it knows came through phi."
-                         + (f" Attention that sees the prompt, trained {base.s.steps} steps, reaches "
-                            f"{base.mean('alone'):.3f}." if base and not base.s.closed_book else ""))
+                for role, mean, error in pairs) + ".")
+        if "leak" in group.roles and better(group.mean("leak"), alone):
+            lines.append(f"  With phi of the answers, which is what training itself sees, {group.mean('leak'):.3f}. The gap "
+                         "to theta alone is leakage: with a larger --inner-lr phi carries the answers, and theta need "
+                         "not learn them.")
     return "\n".join(lines)
 
 
@@ -268,9 +292,9 @@ RATIOS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
 def exposure(folders, samples, out):
     """Static, sequential and matched loss by mask ratio, for theta alone and with phi of the prompt."""
     curves = {}
-    for folder in [part for f in folders for part in (f, f / "control") if (part / "settings.json").exists()]:
+    for folder in with_controls(folders):
         s, data, model = open_run(folder)
-        batch, _ = data.tests(list(data.columns)[0], samples, s.closed_book)
+        batch = data.tests(list(data.columns)[0], range(samples), s.closed_book)
         for row in [row for row in rows_for(s, None) if row.role in ("alone", "own")]:
             phi = phi_of_prompt(model, row.s, batch) if row.source == "prompt" else None
             losses = memdlm.exposure_bias(model.backbone, row.s, batch.x0, batch.maskable, batch.valid, batch.seeds,
@@ -286,7 +310,7 @@ def exposure(folders, samples, out):
         for name in ("static", "matched"):
             print(f"  sequential/{name:7}" + "".join(f"{a / b:8.3f}" for a, b in zip(curve["sequential"], curve[name])))
     exposure_picture(curves, out)
-    print(f"Read the ratio beside the losses: a model with a worse static loss has a flatter ratio.")
+    print("Read the ratio beside the losses: a model with a worse static loss has a flatter ratio.")
 
 
 def exposure_picture(curves, out):
@@ -320,8 +344,8 @@ def main():
     runs, samples, save_to, picture, exposure_only, out = (
         arguments.pop(name) for name in ("runs", "samples", "json", "picture", "exposure", "out"))
     with one_line():
-        if samples < 1:
-            raise ValueError(f"--samples is {samples}; it must be at least 1")
+        if samples < 2:
+            raise ValueError(f"--samples is {samples}; it must be at least 2")
         runs = runs or [latest_run()]
         for run in runs:
             read_settings(run)

@@ -15,7 +15,6 @@ import argparse
 import html
 import json
 import os
-import random
 import sys
 import time
 from dataclasses import replace
@@ -250,7 +249,7 @@ def main():
             text = arguments.file.read_text(encoding="utf-8")
         if text is None:
             column = list(data.columns)[len(data.columns) // 2]
-            sample = data.test(random.Random(f"example {arguments.seed}"), column)
+            sample = data.test(column, "example", arguments.seed)
             truth = [t for t, gap in zip(sample.rest, sample.answer) if gap]
         else:
             sample = data.ask(text, arguments.question, arguments.length)

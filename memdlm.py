@@ -18,11 +18,12 @@ Glossary
     symbol     name here         shape       where
     x_0        x0                [B, L]      clean tokens                                     Eq. 1
     x_t        xt                [B, L]      the anchor: x0 with masks                        Eq. 1
-    x_t_pre    x_pre             [B, L]      the pre-anchor: xt with more masks               3.2
+    x_t_pre    masks[0]          [B, L]      the pre-anchor: xt with more masks               3.2
     M_t        masked            [B, L]      bool, where xt holds the mask token              Eq. 2
     -          maskable          [B, L]      bool, tokens that may be noised (the response)   4.1
     -          valid             [B, L]      bool, False on padding
-    t          t                 [B]         noise level, the drawn share of masks            Eq. 1
+    t          t                 [B]         noise level: each maskable token is masked       Eq. 1
+                                             with probability t
     rho        ratio             [B]         the realised share, |masked| / |maskable|
     theta      backbone          -           the model, or its trainable LoRA                 Eq. 5
     phi        phi               {name: (A [G, r, in], B [G, out, r])}  fast weights          Eq. 5-8
@@ -33,16 +34,18 @@ Glossary
 
 The backbone. Any masked diffusion LM with these can be trained here (toy/model.py is one):
     embed(ids)                       [B, L] -> [B, L, D]
-    blocks(h, valid, start, stop)    run layers start..stop-1 on hidden states; stop=None means to the end
+    blocks(h, valid, start, stop)    run layers start..stop-1 on hidden states; stop=None means to the end.
+                                     Activation checkpointing belongs below `stop` only: a recomputation after
+                                     `with fast_weights(...)` has ended would not see phi
     head(h)                          [N, D] -> [N, V], final norm and unembedding, on the rows that need it
     matrices(first, scope)           {name: nn.Linear} of layers first.. that fast weights may act on: "ffn" or
                                      "ffn+attn" (the published code never adapts attention in a MoE layer)
     num_layers, mask_id
-Tokens and masks stay on the CPU, hidden states live where the model lives. So the positions of the masks
-are known without asking the device, and nothing here makes a GPU wait.
+Tokens and masks stay on the CPU, hidden states live where the model lives. So the positions of the masks are
+known without reading them back from the device.
 
-Not here: architectures, loading, data, the optimiser's loop, and second-order gradients, which the paper
-does not take either.
+Not here: architectures, loading, data, the optimiser's loop, block diffusion with its threshold and cache
+(LLaDA2.x), and second-order gradients, which the paper does not take either.
 """
 from __future__ import annotations
 
@@ -74,7 +77,7 @@ class Settings:
                                 "can carry the prompt then)")
     trajectory: str = setting("consistent", "inner-loop states: consistent (the paper), pre_only, anchor_only, "
                               "inconsistent, or cover:K (K disjoint masks that cover everything; an extension)")
-    inner_steps: int = setting(2, "K, the number of inner steps of the consistent and inconsistent trajectories")
+    inner_steps: int = setting(2, "K, number of inner steps of consistent and inconsistent; pre_only takes K - 1 of them")
     inner_loss: str = setting("ce", "what an inner step minimises",
                               ["ce", "kl", "reverse_kl", "hidden_mse", "hidden_cosine"])
     stage1_target: str = setting("clean", "loss positions before the anchor: every mask (clean) or, Eq. 7 read "
@@ -99,7 +102,7 @@ class Settings:
             if choices and value not in choices:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
         kind, _, k = self.trajectory.partition(":")
-        parts_fit = k.isdecimal() and int(k) > 0 if kind == "cover" else kind == self.trajectory
+        parts_fit = (k.isdecimal() and int(k) > 0) if kind == "cover" else (kind == self.trajectory)
         if kind not in TRAJECTORIES or not parts_fit:
             raise ValueError(f"trajectory is {self.trajectory!r}; it must be one of consistent, pre_only, "
                              "anchor_only, inconsistent, or cover:K with K of 1 or more (cover:4)")
@@ -113,7 +116,7 @@ class Settings:
 class Batch(NamedTuple):
     """One training batch. All on the CPU; rows are padded on the right."""
     x0: torch.Tensor            # [B, L] prompt and response, or the response alone for a closed book
-    maskable: torch.Tensor      # [B, L] bool
+    maskable: torch.Tensor      # [B, L] bool. Differs: never padding, which the published code masks and trains on
     valid: torch.Tensor         # [B, L] bool
     seeds: list                 # B entries: all the randomness of a sample follows from its seed
     prompt: torch.Tensor        # [B, P] what a memory of the prompt is written from
@@ -122,7 +125,7 @@ class Batch(NamedTuple):
 
 # ---- 2. Noise and corruption (Eq. 1) ------------------------------------------------------------------
 
-def uniform(seeds, purpose, *shape):
+def uniform(seeds, purpose, *shape, dtype=torch.float32):
     """Numbers in [0, 1), [B, *shape]. Row b depends on seeds[b] and `purpose` alone.
 
     So a sample gets the same masks in any batch, at any padding, on any device and on any number of
@@ -130,7 +133,8 @@ def uniform(seeds, purpose, *shape):
     because what the inner loop draws has other purposes.
     """
     def row(seed):
-        return torch.rand(shape, generator=torch.Generator().manual_seed(crc32(f"{purpose} {seed}".encode())))
+        generator = torch.Generator().manual_seed(crc32(f"{purpose} {seed}".encode()))
+        return torch.rand(shape, generator=generator, dtype=dtype)
     return torch.stack([row(seed) for seed in seeds])
 
 
@@ -166,8 +170,8 @@ def at_least_one(maskable, u, rate):
 def consistent(s, masked, maskable, t, seeds):
     """Pre-anchor, K - 2 states between, anchor, clean (3.2). Each mask contains the next."""
     n, m = maskable.sum(1), masked.sum(1)
-    # 4.4:  rho_pre = min(1, max(s_pre rho, rho)), that is min(n, floor(s_pre m)) masks out of n.
-    # Multiplying out n rho = m spares a division whose rounding could lose a mask.
+    # 4.4:  t_pre = min(1, max(s_pre t, t)).  Differs: like the published code, the realised ratio rho = m / n for t,
+    # and whole masks, floor(n rho_pre) = min(n, floor(s_pre m)), here without a division that could lose one.
     extra = torch.minimum((s.pre_scale * m.double() + 1e-9).floor().long(), n) - m
     free = maskable & ~masked
     rank = order(free, uniform(seeds, "pre-anchor", masked.shape[1]))
@@ -188,8 +192,8 @@ def anchor_only(s, masked, maskable, t, seeds):
 
 
 def inconsistent(s, masked, maskable, t, seeds):
-    """Masks that have nothing to do with the anchor: from 80 % down to 20 % in K steps (4.6). Weighted by the nominal
-    ratio, as in the published code, which draws the outer anchor only afterwards."""
+    """Masks that have nothing to do with the anchor (4.6): from 80 % down to anchor_ratio (20 %) in K steps. Weighted by
+    the nominal ratio, as in the published code. Differs: at least one mask each, so that short prompts adapt."""
     ratios = torch.linspace(0.8, s.anchor_ratio, s.inner_steps)
     masks = [at_least_one(maskable, uniform(seeds, f"inconsistent {k}", masked.shape[1]), r) for k, r in enumerate(ratios)]
     return masks + [torch.zeros_like(masked)], [r.expand(len(masked)) for r in ratios]
@@ -197,7 +201,7 @@ def inconsistent(s, masked, maskable, t, seeds):
 
 def cover(s, masked, maskable, t, seeds):
     """K disjoint masks that together cover every maskable token. Differs: not in the paper, whose two masks
-    leave at least 70 % of a prompt without a loss."""
+    leave about 70 % of a prompt without a loss."""
     parts = int(s.trajectory.partition(":")[2])
     rank, n = order(maskable, uniform(seeds, "cover", masked.shape[1])), maskable.sum(1, keepdim=True).clamp(min=1)
     masks = [maskable & (rank * parts // n == k) for k in range(parts)]
@@ -286,14 +290,16 @@ INNER_LOSSES = {f.__name__: f for f in (ce, kl, reverse_kl, hidden_mse, hidden_c
 # ---- 5. Fast weights: plain values, never part of the model -------------------------------------------
 
 def first_layer(num_layers, fraction):
-    """Index of the first layer with fast weights: 16 layers and 10 % -> 14. The last layer always has them."""
+    """Index of the first layer with fast weights: 16 layers and 10 % -> 14, so two layers, really 12.5 %. The last
+    layer always has them."""
     return min(int(num_layers * (1 - fraction)), num_layers - 1)
 
 
 def fresh_phi(backbone, s, seeds):
     """phi_0 for len(seeds) samples: {name: (A, B)}, or {name: (delta,)} for the full-rank variant. Float32."""
     # Differs: the paper says phi_0 = 0. Only B = 0 (the product is zero all the same); A is Kaiming-uniform
-    # with a = sqrt(5), that is U(-1/sqrt(in), 1/sqrt(in)), and drawn anew each time. Here from the seed.
+    # with a = sqrt(5), that is U(-1/sqrt(in), 1/sqrt(in)), and drawn anew each time. Here from the seed. While
+    # B = 0 the gradient of A is 0: the first step moves B alone.
     phi = {}
     for name, matrix in backbone.matrices(first_layer(backbone.num_layers, s.layer_fraction), s.scope).items():
         out, width, device = matrix.out_features, matrix.in_features, matrix.weight.device
@@ -328,10 +334,16 @@ def fast_weights(backbone, s, phi):
     apply, scale = (full_rank, 1.0) if s.adapter == "full" else (low_rank, s.alpha / s.rank)
 
     def hook(pair):
-        return lambda module, inputs, out: out + (scale * apply(inputs[0].to(pair[0].dtype), *pair)).to(out.dtype)
+        def add(module, inputs, out):
+            x = inputs[0].to(pair[0].dtype)
+            if len(pair[0]) not in (1, len(x)):
+                raise ValueError(f"phi is for {len(pair[0])} samples, the input has {len(x)} rows")
+            return out + (scale * apply(x, *pair)).to(out.dtype)
+        return add
 
-    handles, matrices = [], backbone.matrices(0, "ffn+attn") if phi else {}
+    handles = []
     try:
+        matrices = backbone.matrices(first_layer(backbone.num_layers, s.layer_fraction), s.scope) if phi else {}
         for name, pair in (phi or {}).items():
             handles.append(matrices[name].register_forward_hook(hook(pair)))
         yield
@@ -356,16 +368,10 @@ def sgd_step(s, phi, grads, loss):
     """
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads])  # [P, G]
     taken = loss.isfinite() & norms.isfinite().all(0)
-    rate = -s.inner_lr * CLIPS[s.clip](norms, s.clip_norm)  # [P, G]
-    rate = rate.masked_fill(~taken, 0)
-    step = iter(zip(rate, grads))
-
-    def moved(w):
-        r, g = next(step)
-        # Eq. 6:  phi_k = phi_{k-1} - eta clip(grad L_inner^(k))
-        return torch.addcmul(w.detach(), r[:, None, None], g.masked_fill(~taken[:, None, None], 0))
-
-    return {name: tuple(moved(w) for w in pair) for name, pair in phi.items()}, taken
+    rate = (-s.inner_lr * CLIPS[s.clip](norms, s.clip_norm)).masked_fill(~taken, 0)  # [P, G]
+    moves = iter([(r[:, None, None], g.masked_fill(~taken[:, None, None], 0)) for r, g in zip(rate, grads)])
+    # Eq. 6:  phi_k = phi_{k-1} - eta clip(grad L_inner^(k)).  `moves` are in the order of phi's tensors.
+    return {name: tuple(torch.addcmul(w.detach(), *next(moves)) for w in pair) for name, pair in phi.items()}, taken
 
 
 # ---- 6. The inner loop (Eq. 6-8) ----------------------------------------------------------------------
@@ -388,15 +394,18 @@ def inner_loop(backbone, s, path, x0, valid, lower, phi):
 
             h = backbone.blocks(lower(stage.x), valid, first, None)
             target = x0[stage.targets].to(h.device)
-            # Eq. 7-8:  L_inner^(k) = sum_{i in M} -log p_{theta, phi_{k-1}}(target_i | x),  weighted, and divided by
-            # |M|: over the batch where it shares phi, by each sample's own where it does not.
+            # Eq. 7-8:  L_inner^(k) = sum_{i in M} -log p_{theta, phi_{k-1}}(target_i | x)  (for inner_loss ce), weighted.
+            # Differs: and divided by |M|, of the batch where it shares phi, of each sample where it does not.
             rows = INNER_LOSSES[s.inner_loss](backbone, h[stage.targets], teacher, target)
             count = stage.targets.sum(1).to(h.device)
             loss = stage.weight.to(h.device) * scatter(rows, stage.targets).sum(1)  # [B]
             if len(leaves[0]) == 1:
                 loss, count = loss.sum(0, keepdim=True), count.sum(0, keepdim=True)
             loss = loss / count.clamp(min=1)  # [G]
-            grads = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
+            grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+        if all(g is None for g in grads):
+            raise RuntimeError("no fast weight took part in the forward pass: the model does not call its matrices")
+        grads = [torch.zeros_like(w) if g is None else g for w, g in zip(leaves, grads)]  # None: an idle expert
         phi, taken = sgd_step(s, phi, grads, loss.detach())
         losses.append(loss.detach().mean())
         skipped = skipped + (~taken).sum()
@@ -417,7 +426,7 @@ def above(backbone, s, h, valid, phi):
 
 
 class MemDLM(nn.Module):
-    """loss, record = memdlm(batch); loss.backward(); optimizer.step(). That is the whole of the paper."""
+    """loss, record = memdlm(batch); loss.backward(); optimizer.step(). That is one training step, all of it."""
 
     def __init__(self, backbone, settings):
         super().__init__()
@@ -456,8 +465,8 @@ class MemDLM(nn.Module):
     def memdlm_step(self, batch, t, xt, masked):
         """MemDLM. Eq. 9: the same, given phi_K. First order (Eq. 10): phi_K is a constant by now.
 
-        Differs: in the published code phi still requires gradients here; they cost a backward pass for nothing and
-        enter the norm by which the gradient of theta is clipped.
+        Differs: in the published code phi still requires gradients here; they are computed for nothing and enter the
+        norm by which the gradient of theta is clipped.
         """
         h = below(self.backbone, self.s, xt, batch.valid)
         phi, record = WRITE_FROM[self.s.memory_from](self.backbone, self.s, batch, t, xt, masked, h.detach())
@@ -468,14 +477,17 @@ class MemDLM(nn.Module):
 def write_from_response(backbone, s, batch, t, xt, masked, h):
     """The paper's training: the inner loop sees the anchor and the answers of the outer loss."""
     def lower(x):
-        if torch.equal(x, xt):  # stage 2 and the outer pass read the same anchor: computed once, used twice
+        # Stage 2 and the outer pass read the same anchor: computed once, used twice. (A pre-anchor that could add no
+        # mask is the anchor too.)
+        if torch.equal(x, xt):
             return h
         with torch.no_grad():
             return below(backbone, s, x, batch.valid)
 
     path = stages(s, batch.x0, masked, batch.maskable, t, batch.seeds, backbone.mask_id, weighted=True)
     # Differs: 3.1 says "a specific batch", 3.3 "per-sample"; the published code shares one phi in the
-    # micro-batch. Both are here; a shared phi writes about 1/B as much into each sample.
+    # micro-batch, and so does ours by default; each process has its own. A shared phi writes about 1/B as much
+    # into each sample.
     phi = fresh_phi(backbone, s, batch.seeds if s.per_sample else batch.seeds[:1])
     return inner_loop(backbone, s, path, batch.x0, batch.valid, lower, phi)
 
@@ -526,7 +538,7 @@ def adapt(backbone, s, prompt, valid, seeds):
 
 def quota(n, steps, k):
     """How many of n tokens to commit at step k of `steps`: even, the first n % steps steps take one more."""
-    return n // steps + (k < n % steps).long()
+    return n // steps + (n % steps > k)
 
 
 def guided_logits(backbone, s, x, valid, given, where, phi, cfg_scale):
@@ -548,9 +560,10 @@ def denoise(backbone, s, x, fill, valid, seeds, phi=None, steps=None, block_leng
             cfg_scale=0.0, remasking="low_confidence"):
     """Fill in the positions `fill` of x, most confident first. Yields the canvas [B, L] after each step.
 
-    x, fill, valid [B, L]; rows may have different lengths and numbers of open positions. phi: one per row.
-    block_length: open positions are decoded in blocks of that many, left to right (semi-autoregressive);
-    None: one block. steps: forward passes in all, shared evenly by the blocks; None: one token at a time.
+    x, fill, valid [B, L]; rows may have different lengths and numbers of open positions. phi: one per row, written
+    with the same settings s. block_length: open positions are decoded in blocks of that many, left to right
+    (semi-autoregressive); None: one block. steps: about this many forward passes, shared evenly by the blocks (at least
+    one each, a remainder is dropped, guidance doubles them); None: one token at a time.
     temperature: 0 takes the best token, otherwise Gumbel noise samples from softmax(logits / temperature).
     remasking: "low_confidence" commits where the chosen token is most probable, "random" anywhere.
     Low-confidence remasking is LLaDA's: what is not committed is masked again for the next step.
@@ -565,16 +578,16 @@ def denoise(backbone, s, x, fill, valid, seeds, phi=None, steps=None, block_leng
         window = (number // block_length == block) & fill
         size = window.sum(1)
         for k in range(per_block):
-            take, where = quota(size, per_block, torch.tensor(k)), window & open_
+            take, where = quota(size, per_block, k), window & open_
             if not take.any():
                 continue
             tag = f"{block} {k}"
             logits = guided_logits(backbone, s, x, valid, given, where, phi, cfg_scale).double()
             choice = logits
             if temperature > 0:  # argmax(logits / T + Gumbel) is a sample of softmax(logits / T)
-                noise = [uniform([seed], f"gumbel {tag}", int(n), logits.shape[1])[0].double()
-                         for seed, n in zip(seeds, where.sum(1))]
-                choice = logits - temperature * (-(torch.cat(noise).clamp(min=1e-20)).log()).log()
+                noise = [uniform([seed], f"gumbel {tag}", int(n), logits.shape[1], dtype=torch.float64)[0]
+                         for seed, n in zip(seeds, where.sum(1))]  # float64: the largest of 157k must not be rounded
+                choice = logits - temperature * (-torch.cat(noise).clamp(min=1e-300).log()).log()
             tokens = choice.argmax(-1)  # [N]
             confidence = logits.softmax(-1).gather(1, tokens[:, None])[:, 0]
             if remasking == "random":
@@ -601,7 +614,7 @@ def exposure_bias(backbone, s, x0, maskable, valid, seeds, ratios, phi=None):
 
     static (Eq. 3): a random share `ratio` of the response is masked, the rest is true text.
     sequential (Eq. 4): the response starts fully masked; the model commits its own most confident predictions
-    until `ratio` of it is masked; loss against the truth at what is still masked.
+    until `ratio` of it is masked, one forward pass per ratio; loss against the truth at what is still masked.
     matched: true text again, masked where the sequential path is. Sequential loss is also higher because the
     model leaves the hard tokens for last; `matched` shares that, so sequential / matched is its errors alone.
     Differs: the paper reports sequential / static only. The static masks are the same for every model.

@@ -95,7 +95,8 @@ def recipe(given):
 
 
 def control(s):
-    """The run to compare with: same data, seed, masks and steps, no memory, and sight of the prompt."""
+    """The run to compare with: same data, seed and steps, no memory, and sight of the prompt. The masks are the same
+    too, unless the memory's book is closed: then the rows have other lengths."""
     return replace(s, memory=False, closed_book=False)
 
 
@@ -203,7 +204,7 @@ def build(s):
     from toy.model import ToyConfig, ToyDLM
     if s.threads:
         torch.set_num_threads(s.threads)
-    data = ToyData(s.data, s.seed, s.prompt_length, s.response_length, s.skip_bad)
+    data = ToyData(s.data, s.prompt_length, s.response_length, s.skip_bad)
     config = ToyConfig(data.tokenizer.vocab_size, data.tokenizer.mask_id, s.width, s.layers, s.heads)
     return data, MemDLM(ToyDLM(config, s.seed), s)
 
@@ -236,7 +237,7 @@ def learning_rate(s, step):
 def example(s, data, model, step):
     """A held-out sample, denoised: the question with gaps, the model's answer, the truth."""
     columns = list(data.columns)
-    batch, _ = data.tests(columns[step % len(columns)], 1, s.closed_book, seed=f"sample {step}")
+    batch = data.tests(columns[step % len(columns)], [step], s.closed_book, name="sample")
     phi = None
     if s.memory and s.memory_from == "prompt":
         phi, _ = memdlm.adapt(model.backbone, s, batch.prompt, batch.prompt_valid, batch.seeds)
@@ -401,7 +402,7 @@ def main():
     stop = Stop()
     seconds = train(s, folder, resume, stop)
     if s.memory and s.control:
-        print("\nnow its control: the same data, seed and masks without memory")
+        print("\nnow its control: the same data and seed, without memory, with sight of the prompt")
         seconds += train(control(s), folder / "control", resume, stop)
     if s.table_samples:
         from evaluate import panel

@@ -235,7 +235,7 @@ def test_evaluate_measures_what_a_loop_over_samples_measures(trained, monkeypatc
     monkeypatch.chdir(trained)
     s, data, model = train.open_run("runs/bytes")
     _, _, values, _ = evaluate.run_values(Path("runs/bytes"), 3, None)
-    batch, _ = data.tests("24", 3, False, seed="test 0")
+    batch = data.tests("24", range(3), False)
     for i in range(3):
         x, maskable = batch.x0[i], batch.maskable[i]
         t = evaluate.memdlm.uniform([batch.seeds[i]], "t", 1)[0, 0]
@@ -350,7 +350,7 @@ def test_help_is_quick_and_heavy_packages_stay_out():
 
 def readme_commands():
     """Every python line in the README's code blocks."""
-    blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     found = [re.search(r"python (?:train|generate|evaluate)\.py.*", line) for line in lines]
     return list(dict.fromkeys(match[0] for match in found if match))

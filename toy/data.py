@@ -28,7 +28,7 @@ class ToyData:
     metric: 'accuracy' (share of answer tokens right, decoded) or 'nats' (cross-entropy per answer token).
     """
 
-    def __init__(self, kind, seed=0, prompt_length=256, response_length=64, skip_bad=False):
+    def __init__(self, kind, prompt_length=256, response_length=64, skip_bad=False):
         self.kind, self.prompt_length, self.response_length = kind, prompt_length, response_length
         self.columns, self.note = COLUMNS.get(kind, {f"{prompt_length}": {}}), ""
         self.words = kind in COLUMNS
@@ -37,9 +37,9 @@ class ToyData:
         if kind in ("python", "pydoc"):
             self.docs = {split: text.documents(kind, split) for split in ("train", "test")}
         elif not self.words:
-            self._open_file(kind, seed, skip_bad)
+            self._open_file(kind, skip_bad)
 
-    def _open_file(self, path, seed, skip_bad):
+    def _open_file(self, path, skip_bad):
         if not os.path.exists(path):
             raise ValueError(f"--data {path}: no such file, and not one of {', '.join(COLUMNS)}, python, pydoc")
         pairs, bad = text.read_pairs(path, skip_bad)
@@ -52,9 +52,11 @@ class ToyData:
         if not samples:
             raise ValueError(f"{path}: all {long} pairs are too long ({reason}); "
                              "raise --prompt-length and --response-length")
-        self.pairs = dict(zip(("train", "test"), text.split_pairs(samples, seed)))
-        self.note = (f"{path}: {len(samples)} pairs kept ({len(self.pairs['train'])} to train, "
-                     f"{len(self.pairs['test'])} held out), {long} too long, {bad} malformed lines skipped")
+        # The split has a seed of its own, so that runs of different seeds are tested on the same pairs.
+        self.pairs = dict(zip(("train", "test"), text.split_pairs(samples, seed=0)))
+        held = f"{len(self.pairs['test'])} held out" if len(samples) > 1 else "and tested on, there being only one"
+        self.note = (f"{path}: {len(samples)} pairs kept ({len(self.pairs['train'])} to train, {held}), "
+                     f"{long} too long, {bad} malformed lines skipped")
 
     def train(self, rng, progress):
         """A training sample; progress in [0, 1) drives the curriculum of generated tasks."""
@@ -62,8 +64,11 @@ class ToyData:
             return tasks.curriculum(self.kind, rng, progress)
         return self._text(rng, "train")
 
-    def test(self, rng, column):
-        """A held-out sample of a column of `self.columns`."""
+    def test(self, column, name, number):
+        """Held-out sample `number` of a column of `self.columns`: the same for every model."""
+        rng = random.Random(f"{name} {column} {number}")
+        if hasattr(self, "pairs"):
+            return self.pairs["test"][number % len(self.pairs["test"])]  # in turn: each pair as often as the others
         if not self.words:
             return self._text(rng, "test")
         keywords = dict(self.columns[column])
@@ -102,10 +107,10 @@ class ToyData:
             rest, answer = rest + [PAD] * (length or usual), answer + [True] * (length or usual)
         return tasks.Sample(ids, rest, answer)
 
-    def tests(self, column, count, closed_book, seed="test"):
-        """`count` held-out samples as one batch, the same for every model, and the samples themselves."""
-        samples = [self.test(random.Random(f"{seed} {column} {i}"), column) for i in range(count)]
-        return collate(samples, [f"{seed} {column} {i}" for i in range(count)], closed_book), samples
+    def tests(self, column, numbers, closed_book, name="test"):
+        """The held-out samples with these numbers as one batch."""
+        samples = [self.test(column, name, number) for number in numbers]
+        return collate(samples, [f"{name} {column} {number}" for number in numbers], closed_book)
 
 
 def pad(rows, filler):

@@ -1,13 +1,13 @@
 """A tiny bidirectional transformer, from scratch, with the interface that memdlm.py asks of a backbone.
 
 It is LLaMA-shaped (RMSNorm, rotary attention, gated feed-forward), so the names of its matrices are those of
-the full models. Two things differ from a GPT: attention looks both ways, and each block starts with a *token
-shift*: half of the channels come from the left neighbour. Looking up "the value that followed this key" then
+the full models. Two things differ from a GPT: attention looks both ways, and what enters attention and feed-forward
+has a *token shift*: half of the channels come from the left neighbour. Looking up "the value that followed this key" then
 takes one layer instead of two, which is what makes a model this small worth watching.
 """
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ class Block(nn.Module):
 
 
 class ToyDLM(nn.Module):
-    """The backbone. Every public method is part of the interface described at the top of memdlm.py."""
+    """The backbone, with the interface described at the top of memdlm.py."""
 
     def __init__(self, config, seed=0):
         super().__init__()
@@ -96,10 +96,10 @@ class ToyDLM(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.mask_id, self.num_layers = config.mask_id, config.layers
-        self.reset(seed)
+        self._initialise(seed)
 
     @torch.no_grad()
-    def reset(self, seed):
+    def _initialise(self, seed):
         """Initial weights from the seed alone. Matrices that write into the residual start smaller, as in GPT-2."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
@@ -126,6 +126,3 @@ class ToyDLM(nn.Module):
         return {f"layers.{i}.{kind}.{name}": matrix
                 for i in range(first, self.num_layers) for kind in kinds
                 for name, matrix in getattr(self.layers[i], kind).named_children()}
-
-    def settings(self):
-        return asdict(self.config)
