@@ -52,16 +52,17 @@ def phi_of_answers(model, s, batch, t, xt, masked):
 
 def rows_for(s, changes):
     """The rows of a run with settings s; `changes` are inner-loop settings from the command line."""
+    paper = dict(trajectory="consistent", inner_steps=2, pre_scale=1.5, anchor_ratio=0.2)
+
     def row(source, role="", **other):
         inner = replace(s, **other)
-        published = (inner.trajectory, inner.inner_steps, inner.pre_scale, inner.anchor_ratio) == ("consistent", 2, 1.5, 0.2)
+        published = all(getattr(inner, k) == v for k, v in paper.items())
         masks = "paper's masks" if published else inner.trajectory
         name = {"prompt": "its prompt", "another": "another prompt"}[source]
         extra = "".join(f", {k} {v}" for k, v in other.items()
-                        if k not in ("trajectory", "inner_lr") and not (k == "inner_steps" and published))
+                        if k not in ("trajectory", "inner_lr") and not (published and k in paper))
         return Row(f"{name}, {masks}, eta {inner.inner_lr:g}{extra}", inner, source, role)
 
-    paper = dict(trajectory="consistent", inner_steps=2, pre_scale=1.5, anchor_ratio=0.2)
     rows = [Row("nothing (theta alone)", s, "nothing", "alone")]
     if s.memory and s.memory_from == "prompt":  # it has learned to read phi written this way
         rows += [row("prompt", "own"), row("another", "other"), row("prompt", **paper)]
@@ -118,10 +119,8 @@ def run_values(folder, samples, changes):
 
 def kind_of(s):
     """A run's name in the table."""
-    book = "closed book: the decoder does not see the prompt" if s.closed_book else "attention sees the prompt"
-    if not s.memory:
-        return f"MDLM, {book}"
-    return f"MemDLM, phi written from the {s.memory_from} in training; {book}"
+    return f"{f'MemDLM, memory of the {s.memory_from}' if s.memory else 'MDLM'}, " + (
+        "closed book" if s.closed_book else "sees the prompt")
 
 
 class Group(NamedTuple):

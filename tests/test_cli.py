@@ -76,7 +76,7 @@ def test_a_run_leaves_its_folder_and_prints_the_panel(cli, tmp_path):
     control = json.loads((folder / "control" / "settings.json").read_text())
     assert not control["memory"] and not control["closed_book"] and control["seed"] == settings["seed"]
     for text in ("nothing (theta alone)", "its prompt, cover:4", "another prompt, cover:4", "paper's masks",
-                 "MDLM, attention sees the prompt", "sample at step 3", "python generate.py --adapt"):
+                 "MDLM, sees the prompt", "sample at step 3", "python generate.py --adapt"):
         assert text in out, text
 
 
