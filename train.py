@@ -246,9 +246,12 @@ def example(s, data, model, step):
         pass
     show, answer = data.tokenizer.decode, batch.maskable[0]
     right = int((canvas[0] == batch.x0[0])[answer].sum())
-    prompt = show(batch.prompt[0].tolist())
-    return (f"  sample at step {step}: {prompt[-90:]!r} -> {show(canvas[0][answer].tolist())!r}"
-            f"  truth {show(batch.x0[0][answer].tolist())!r}  {right} of {int(answer.sum())} right")
+    prompt, seen = show(batch.prompt[0].tolist()), 0 if s.closed_book else int(batch.prompt_valid[0].sum())
+    if len(prompt) > 60:
+        prompt = "... " + prompt[-60:].partition(" ")[2]
+    rest = show(canvas[0][seen:].tolist())
+    return (f"  sample at step {step}: {prompt!r} -> {rest!r}, {right} of {int(answer.sum())} right; "
+            f"truth {show(batch.x0[0][answer].tolist())!r}")
 
 
 class Stop:
