@@ -106,8 +106,8 @@ class Settings:
         if kind not in TRAJECTORIES or not parts_fit:
             raise ValueError(f"trajectory is {self.trajectory!r}; it must be one of consistent, pre_only, "
                              "anchor_only, inconsistent, or cover:K with K of 1 or more (cover:4)")
-        limits = [("inner_steps", 2, 1000), ("rank", 1, 1 << 20), ("layer_fraction", 1e-9, 1), ("pre_scale", 1, 1e9),
-                  ("anchor_ratio", 0, 1), ("inner_lr", 0, 1e9), ("clip_norm", 1e-9, math.inf), ("min_t", 1e-9, 1)]
+        limits = [("inner_steps", 2, 1000), ("rank", 1, 1 << 20), ("alpha", 0, 1e9), ("layer_fraction", 1e-9, 1),
+                  ("pre_scale", 1, 1e9), ("anchor_ratio", 0, 1), ("inner_lr", 0, 1e9), ("clip_norm", 1e-9, math.inf), ("min_t", 1e-9, 1)]
         for name, low, high in limits:
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between {low:g} and {high:g}")
@@ -623,7 +623,7 @@ def exposure_bias(backbone, s, x0, maskable, valid, seeds, ratios, phi=None):
     rank = order(maskable, uniform(seeds, "static", x0.shape[1]))
     x, open_, curves = torch.where(maskable, backbone.mask_id, x0), maskable.clone(), []
     for ratio in ratios:  # falling
-        keep = torch.maximum((ratio * n + 1e-6).floor().long(), torch.ones_like(n))  # masks left at this ratio
+        keep = torch.maximum((ratio * n.double() + 1e-6).floor().long(), torch.ones_like(n))  # masks left at this ratio
         if (open_.sum(1) > keep).any():
             logits = guided_logits(backbone, s, x, valid, None, open_, phi, 0.0)
             confidence, tokens = logits.double().softmax(-1).max(-1)

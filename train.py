@@ -67,12 +67,14 @@ class Settings(memdlm.Settings):
             raise ValueError(f"--closed-book leaves no question in {self.data}; use it with --data dictionary")
 
 
-# What a toy run sets differently from the paper, by kind of data ("text": python, pydoc and files) ...
+# What a toy run sets differently from the paper, by kind of data ("file": your own) ...
 RECIPES = {
     "dictionary": dict(memory_from="prompt", layers=1, steps=1000, lr=3e-3),
     "languages": dict(steps=350, lr=3e-3),
     "retrieval": dict(steps=2000, lr=3e-3),
-    "text": dict(steps=1000, batch=16, lr=2e-3, layers=4, width=96, control=False),
+    "python": dict(steps=500, batch=16, lr=3e-3, prompt_length=128, response_length=32),
+    "pydoc": dict(steps=500, batch=16, lr=3e-3, prompt_length=128, response_length=32),
+    "file": dict(steps=1000, batch=16, lr=3e-3),
 }
 # ... and by what phi is written from. A phi shared by a batch of 32 writes 1/32 as much into each sample, so each has
 # its own here. Written from the response, phi holds the answers of the outer loss; trained from scratch at the
@@ -86,7 +88,7 @@ WRITTEN_FROM = {
 def recipe(given):
     """Settings from the flags given on the command line: flag, else recipe, else default."""
     data = given.get("data", Settings.data)
-    values = {**RECIPES.get(data, RECIPES["text"]), **given}
+    values = {**RECIPES.get(data, RECIPES["file"]), **given}
     written_from = values.setdefault("memory_from", Settings.memory_from)
     values = {**WRITTEN_FROM.get(written_from, {}), **values}
     # A closed book needs a memory, and a question beside the prompt.

@@ -616,6 +616,29 @@ def test_an_unknown_matrix_leaves_no_hook():
     assert hooks(model) == 0
 
 
+def test_matrices_that_the_forward_pass_skips():
+    """An idle one (an expert that no token chose) keeps its phi_0; if all are idle, that is an error."""
+    model, s, batch = toy(), settings(), batch_of()
+    named = model.matrices(1, "ffn")
+    idle = nn.Linear(16, 16)
+    model.matrices = lambda first, scope: named | {"idle": idle}
+    phi, record = write(model, s, batch)
+    start = memdlm.fresh_phi(model, s, SEEDS[:1])
+    assert record["skipped"] == 0 and all(torch.equal(w, w0) for w, w0 in zip(phi["idle"], start["idle"]))
+    assert all(phi[name][1].any() for name in named)
+    model.matrices = lambda first, scope: {"idle": idle}
+    with pytest.raises(RuntimeError, match="no fast weight"):
+        write(model, s, batch)
+    assert hooks(model) == 0
+
+
+def test_a_phi_for_another_number_of_rows_is_refused():
+    model, s, batch = toy(), settings(), batch_of()
+    with pytest.raises(ValueError, match="2 samples"):
+        memdlm.above(model, s, model.embed(batch.x0), batch.valid, memdlm.fresh_phi(model, s, SEEDS[:2]))
+    assert hooks(model) == 0
+
+
 # ---- 8. Non-finite steps --------------------------------------------------------------------------------
 
 def test_samples_that_are_not_finite_keep_their_phi_and_the_others_step():
