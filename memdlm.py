@@ -40,7 +40,9 @@ The backbone. Any masked diffusion LM with these can be trained here (toy/model.
     head(h)                          [N, D] -> [N, V], final norm and unembedding, on the rows that need it
     matrices(first, scope)           {name: nn.Linear} of layers first.. that fast weights may act on: "ffn" or
                                      "ffn+attn" (the published code never adapts attention in a MoE layer)
-    num_layers, mask_id
+                                     each called on [B, L, in]; an expert, whose input [N, in] mixes samples, has in
+                                     its attribute `groups` the number of rows of each sample, in order
+    num_layers, vocab_size, mask_id
 Tokens and masks stay on the CPU, hidden states live where the model lives. So the positions of the masks are
 known without reading them back from the device.
 
@@ -58,6 +60,7 @@ from zlib import crc32
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 # ---- 1. Settings --------------------------------------------------------------------------------------
@@ -113,7 +116,8 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between {low:g} and {high:g}")
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """One training batch. All on the CPU; rows are padded on the right."""
     x0: torch.Tensor            # [B, L] prompt and response, or the response alone for a closed book
     maskable: torch.Tensor      # [B, L] bool. Differs: never padding, which the published code masks and trains on
@@ -237,10 +241,26 @@ def scatter(values, where):
     return out
 
 
+LOGITS = 1 << 26  # entries of the largest tensor of logits that is held at once (256 MB in float32)
+
+
+def by_rows(loss, backbone, *rows):
+    """loss(backbone, *rows) -> [N], computed for some of the N rows at a time.
+
+    With 157k words the logits of a sequence would be the largest tensor of all. A chunk's logits are not kept for the
+    backward pass but computed again there, from its hidden rows.
+    """
+    size = max(1, LOGITS // backbone.vocab_size)
+    if len(rows[0]) <= size:
+        return loss(backbone, *rows)
+    chunks = zip(*(row.split(size) for row in rows))
+    return torch.cat([checkpoint(loss, backbone, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+
+
 def token_nll(backbone, h, x0, where):
     """-log p(x0_i | x) at the positions `where`, zero elsewhere. h [B, L, D] -> [B, L], in nats."""
-    logits = backbone.head(h[where]).float()  # [N, V]: a logit costs V * D, so only masked rows get one
-    return scatter(F.cross_entropy(logits, x0[where].to(logits.device), reduction="none"), where)
+    # A logit costs V * D multiplications, so only masked rows get one.
+    return scatter(by_rows(ce, backbone, h[where], x0[where].to(h.device)), where)
 
 
 def mdlm_loss(nll, t, maskable):
@@ -250,25 +270,25 @@ def mdlm_loss(nll, t, maskable):
     return (nll.sum(1) / t.to(nll.device)).sum() / maskable.sum().clamp(min=1)
 
 
-# The inner losses, chosen by name. student: hidden rows [N, D]; teacher(): the same rows of the same model
-# with the current phi, without gradient, on the next state; target: clean tokens [N]. All return [N].
+# The inner losses, chosen by name. student: hidden rows [N, D]; target: clean tokens [N]; teacher: the same rows [N, D]
+# of the same model with the current phi, without gradient, on the next state. All return [N].
 
-def ce(backbone, student, teacher, target):
+def ce(backbone, student, target):
     return F.cross_entropy(backbone.head(student).float(), target, reduction="none")
 
 
 def log_probs(backbone, student, teacher):
     with torch.no_grad():
-        log_p = backbone.head(teacher()).float().log_softmax(-1)
+        log_p = backbone.head(teacher).float().log_softmax(-1)
     return log_p, backbone.head(student).float().log_softmax(-1)  # teacher, student: [N, V]
 
 
-def kl(backbone, student, teacher, target):
+def kl(backbone, student, target, teacher):
     log_p, log_q = log_probs(backbone, student, teacher)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def reverse_kl(backbone, student, teacher, target):
+def reverse_kl(backbone, student, target, teacher):
     log_p, log_q = log_probs(backbone, student, teacher)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
@@ -276,12 +296,12 @@ def reverse_kl(backbone, student, teacher, target):
 # Differs: the published code compares the teacher's state after the final norm with the student's before it, so
 # that even identical inputs have a loss. Here both are taken before the norm.
 
-def hidden_mse(backbone, student, teacher, target):
-    return (student.float() - teacher().float()).square().mean(-1)
+def hidden_mse(backbone, student, target, teacher):
+    return (student.float() - teacher.float()).square().mean(-1)
 
 
-def hidden_cosine(backbone, student, teacher, target):
-    return 1 - F.cosine_similarity(student.float(), teacher().float(), dim=-1)
+def hidden_cosine(backbone, student, target, teacher):
+    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
 
 
 INNER_LOSSES = {f.__name__: f for f in (ce, kl, reverse_kl, hidden_mse, hidden_cosine)}
@@ -324,6 +344,17 @@ def full_rank(x, delta):
     return F.linear(x, delta[0]) if len(delta) == 1 else x @ delta.mT
 
 
+def per_sample(apply, module, x, tensors):
+    """apply(x, *tensors) where each sample has its own phi: x is [B, L, in], or an expert's rows, one sample after another."""
+    groups = module.groups if x.dim() == 2 else [1] * len(x)
+    if len(tensors[0]) != len(groups):
+        raise ValueError(f"phi is for {len(tensors[0])} samples, the input has {len(groups)}")
+    if x.dim() == 3:
+        return apply(x, *tensors)
+    parts = zip(x.split(groups), *(w.split(1) for w in tensors))
+    return torch.cat([apply(part, *own) for part, *own in parts])
+
+
 @contextmanager
 def fast_weights(backbone, s, phi):
     """Inside `with fast_weights(...)` each target matrix computes W x + (alpha / r) B A x. phi=None: nothing.
@@ -335,10 +366,9 @@ def fast_weights(backbone, s, phi):
 
     def hook(pair):
         def add(module, inputs, out):
-            x = inputs[0].to(pair[0].dtype)
-            if len(pair[0]) not in (1, len(x)):
-                raise ValueError(f"phi is for {len(pair[0])} samples, the input has {len(x)} rows")
-            return out + (scale * apply(x, *pair)).to(out.dtype)
+            x = inputs[0]
+            own = [w.to(x.dtype) for w in pair]  # phi stays float32; the products are in the model's precision
+            return out + scale * (apply(x, *own) if len(own[0]) == 1 else per_sample(apply, module, x, own))
         return add
 
     handles = []
@@ -388,15 +418,14 @@ def inner_loop(backbone, s, path, x0, valid, lower, phi):
         phi = {name: tuple(w.detach().requires_grad_() for w in pair) for name, pair in phi.items()}
         leaves = [w for pair in phi.values() for w in pair]
         with torch.enable_grad(), fast_weights(backbone, s, phi):
-            def teacher():
-                with torch.no_grad():
-                    return backbone.blocks(lower(stage.next_x), valid, first, None)[stage.targets]
-
             h = backbone.blocks(lower(stage.x), valid, first, None)
-            target = x0[stage.targets].to(h.device)
+            rows = [h[stage.targets], x0[stage.targets].to(h.device)]
+            if s.inner_loss != "ce":  # self-distillation: the teacher sees the next state
+                with torch.no_grad():
+                    rows.append(backbone.blocks(lower(stage.next_x), valid, first, None)[stage.targets])
             # Eq. 7-8:  L_inner^(k) = sum_{i in M} -log p_{theta, phi_{k-1}}(target_i | x)  (for inner_loss ce), weighted.
             # Differs: and divided by |M|, of the batch where it shares phi, of each sample where it does not.
-            rows = INNER_LOSSES[s.inner_loss](backbone, h[stage.targets], teacher, target)
+            rows = by_rows(INNER_LOSSES[s.inner_loss], backbone, *rows)
             count = stage.targets.sum(1).to(h.device)
             loss = stage.weight.to(h.device) * scatter(rows, stage.targets).sum(1)  # [B]
             if len(leaves[0]) == 1:
@@ -541,18 +570,31 @@ def quota(n, steps, k):
     return n // steps + (n % steps > k)
 
 
-def guided_logits(backbone, s, x, valid, given, where, phi, cfg_scale):
-    """Logits [N, V] at the positions `where`. The mask token is never an answer."""
-    def logits(x):
-        h = above(backbone, s, below(backbone, s, x, valid), valid, phi)
-        return backbone.head(h[where]).float().cpu()
+def choose(backbone, h, blind=None, cfg_scale=0.0, temperature=0.0, noise=None):
+    """A token for each hidden row, and its probability: h [N, D] -> [N], [N], on the CPU. Never the mask token.
 
-    out = logits(x)
-    if cfg_scale:  # classifier-free guidance: away from what the model says without what was given
-        blind = logits(torch.where(given, backbone.mask_id, x))
-        out = blind + (cfg_scale + 1) * (out - blind)
-    out[:, backbone.mask_id] = -math.inf
-    return out
+    blind [N, D]: rows of the model that did not see what was given, for classifier-free guidance. noise [N, V] in [0, 1).
+    """
+    size, tokens, probabilities = max(1, LOGITS // backbone.vocab_size), [], []
+    for i in range(0, len(h), size):
+        logits = backbone.head(h[i:i + size]).double()
+        if blind is not None:
+            unguided = backbone.head(blind[i:i + size]).double()
+            logits = unguided + (cfg_scale + 1) * (logits - unguided)
+        logits[:, backbone.mask_id] = -math.inf
+        best = logits
+        if temperature > 0:  # argmax(logits / T + Gumbel) is a sample of softmax(logits / T)
+            gumbel = -(-noise[i:i + size].to(h.device).clamp(min=1e-300).log()).log()
+            best = logits + temperature * gumbel
+        tokens.append(best.argmax(-1))
+        probabilities.append(logits.softmax(-1).gather(1, tokens[-1][:, None])[:, 0])
+    return torch.cat(tokens).cpu(), torch.cat(probabilities).cpu()
+
+
+def gumbel_noise(backbone, seeds, tag, where):
+    """Uniform numbers [N, V] for `choose`; float64, for the largest of 157k must not be rounded."""
+    return torch.cat([uniform([seed], f"gumbel {tag}", int(n), backbone.vocab_size, dtype=torch.float64)[0]
+                      for seed, n in zip(seeds, where.sum(1))])
 
 
 @torch.no_grad()
@@ -582,14 +624,14 @@ def denoise(backbone, s, x, fill, valid, seeds, phi=None, steps=None, block_leng
             if not take.any():
                 continue
             tag = f"{block} {k}"
-            logits = guided_logits(backbone, s, x, valid, given, where, phi, cfg_scale).double()
-            choice = logits
-            if temperature > 0:  # argmax(logits / T + Gumbel) is a sample of softmax(logits / T)
-                noise = [uniform([seed], f"gumbel {tag}", int(n), logits.shape[1], dtype=torch.float64)[0]
-                         for seed, n in zip(seeds, where.sum(1))]  # float64: the largest of 157k must not be rounded
-                choice = logits - temperature * (-torch.cat(noise).clamp(min=1e-300).log()).log()
-            tokens = choice.argmax(-1)  # [N]
-            confidence = logits.softmax(-1).gather(1, tokens[:, None])[:, 0]
+            h = above(backbone, s, below(backbone, s, x, valid), valid, phi)[where]
+            blind, noise = None, None
+            if cfg_scale:  # classifier-free guidance: away from what the model says without what was given
+                unseen = below(backbone, s, torch.where(given, backbone.mask_id, x), valid)
+                blind = above(backbone, s, unseen, valid, phi)[where]
+            if temperature > 0:
+                noise = gumbel_noise(backbone, seeds, tag, where)
+            tokens, confidence = choose(backbone, h, blind, cfg_scale, temperature, noise)
             if remasking == "random":
                 confidence = uniform(seeds, f"remask {tag}", x.shape[1])[where].double()
             best = order(where, -scatter(confidence, where))  # 0 = most confident open position of the row
@@ -625,8 +667,7 @@ def exposure_bias(backbone, s, x0, maskable, valid, seeds, ratios, phi=None):
     for ratio in ratios:  # falling
         keep = torch.maximum((ratio * n.double() + 1e-6).floor().long(), torch.ones_like(n))  # masks left at this ratio
         if (open_.sum(1) > keep).any():
-            logits = guided_logits(backbone, s, x, valid, None, open_, phi, 0.0)
-            confidence, tokens = logits.double().softmax(-1).max(-1)
+            tokens, confidence = choose(backbone, above(backbone, s, below(backbone, s, x, valid), valid, phi)[open_])
             commit = open_ & (order(open_, -scatter(confidence, open_)) < (open_.sum(1) - keep)[:, None])
             x = torch.where(commit, scatter(tokens, open_), x)
             open_ = open_ & ~commit

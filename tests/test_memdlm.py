@@ -6,6 +6,7 @@ by position, and gets the gradient of A and B from that of the merged matrix by 
 """
 import copy
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -235,7 +236,7 @@ def write(model, s, batch):
 
 class TwoLinear(nn.Module):
     """logits_i = U W1 W0 (E[x_i] + P_i): small enough for gradients on paper."""
-    num_layers, mask_id = 2, MASK
+    num_layers, mask_id, vocab_size = 2, MASK, V
 
     def __init__(self):
         super().__init__()
@@ -489,7 +490,7 @@ def test_samples_with_nothing_to_mask_cost_nothing_and_break_nothing(trajectory,
     loss, record = MemDLM(model, s)(batch, report=True)
     assert all(bool(torch.isfinite(x).all()) for x in [loss, *record.values(), *gradients(loss, model)])
     assert record["skipped"] == 0
-    nothing = batch._replace(maskable=batch.maskable & False)
+    nothing = replace(batch, maskable=batch.maskable & False)
     loss, record = MemDLM(model, s)(nothing)
     assert loss == 0 and record["ce"] == 0 and not record["inner"].any()
     assert not any(g.any() for g in gradients(loss, model))
@@ -700,7 +701,7 @@ def test_the_anchor_prefix_is_computed_once_and_the_head_sees_masked_rows_only()
 
 class Table(nn.Module):
     """Logits by position, table [L, V]; plus `shift` [V] wherever the row's first token is hidden."""
-    num_layers, mask_id = 1, MASK
+    num_layers, mask_id, vocab_size = 1, MASK, V
 
     def __init__(self, table, shift=None):
         super().__init__()
@@ -831,10 +832,13 @@ def test_random_remasking_takes_any_position_and_still_the_best_token():
 def test_guidance_moves_away_from_the_blind_logits():
     """cfg:  blind + (w + 1) (seen - blind), where blind sees no given token but its own commits."""
     logits, shift, x = table(6), 3 * table(1, seed=1)[0], torch.tensor([[4, 5, MASK, 7, MASK, 1]])
-    where, given_ = x == MASK, torch.tensor([[True, True, False, False, False, False]])
-    got = memdlm.guided_logits(Table(logits, shift), settings(), x, torch.ones_like(where), given_, where, None, 1.5)
-    assert torch.isneginf(got[:, MASK]).all()
-    torch.testing.assert_close(got[:, :MASK], (logits - 1.5 * shift)[[2, 4], :MASK])
+    model, where, given_ = Table(logits, shift), x == MASK, torch.tensor([[True, True, False, False, False, False]])
+    seen, blind = (model.embed(ids)[where] for ids in (x, torch.where(given_, MASK, x)))
+    tokens, probability = memdlm.choose(model, seen, blind, cfg_scale=1.5)
+    expected = ((logits - 1.5 * shift)[[2, 4]]).double()
+    expected[:, MASK] = -math.inf
+    assert torch.equal(tokens, expected.argmax(-1)) and not torch.equal(tokens, logits[[2, 4], :MASK].argmax(-1))
+    torch.testing.assert_close(probability, expected.softmax(-1).amax(-1))
     model, batch = toy(), batch_of()
     decode(model, batch, cfg_scale=1.0, steps=2)
     seen, blind = model.embeds[2:]
@@ -861,13 +865,13 @@ def test_decoding_a_ragged_batch_with_own_phis_is_decoding_each_row(options):
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"remasking": "random"}], ids=str)
 def test_seeds_decide(options):
     batch = batch_of(SIZES[2:], [1])
-    run = lambda seed: torch.stack(decode(Table(table(15)), batch._replace(seeds=[seed]), **options))
+    run = lambda seed: torch.stack(decode(Table(table(15)), replace(batch, seeds=[seed]), **options))
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
 
 
 def test_nothing_to_fill_yields_nothing():
     batch = batch_of()
-    assert decode(toy(), batch._replace(maskable=batch.maskable & False))[1:] == []
+    assert decode(toy(), replace(batch, maskable=batch.maskable & False))[1:] == []
 
 
 # ---- 11. Exposure bias ----------------------------------------------------------------------------------
@@ -911,7 +915,7 @@ def test_exposure_bias_against_loops(with_phi):
 def test_an_oracle_has_no_exposure_bias():
     """Always right: its own tokens are the truth. Equally sure everywhere: position does not matter either."""
     batch = batch_of(SIZES[:1], SEEDS[:1])
-    run = lambda logits: memdlm.exposure_bias(Table(logits), settings(), *batch[:3], SEEDS[:1], RATIOS)
+    run = lambda logits: memdlm.exposure_bias(Table(logits), settings(), batch.x0, batch.maskable, batch.valid, SEEDS[:1], RATIOS)
     sure = 9 * nn.functional.one_hot(batch.x0[0], V).float()
     curves = run(sure)
     torch.testing.assert_close(curves["sequential"], curves["static"])

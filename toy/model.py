@@ -95,7 +95,7 @@ class ToyDLM(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.mask_id, self.num_layers = config.mask_id, config.layers
+        self.mask_id, self.num_layers, self.vocab_size = config.mask_id, config.layers, config.vocab_size
         self._initialise(seed)
 
     @torch.no_grad()

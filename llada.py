@@ -1,0 +1,1066 @@
+"""The real backbones: LLaDA-8B, LLaDA-MoE and LLaDA2.x, with the interface that memdlm.py asks of a backbone.
+
+    backbone = llada.load("inclusionAI/LLaDA-MoE-7B-A1B-Base", llada.Options(load_4bit=True, lora=True))
+
+All three are ordinary transformers that look both ways. In one line each:
+
+    LLaDA-8B    LLaMA without the causal mask
+    LLaDA-MoE   Qwen3-MoE without the causal mask: 64 experts, 8 per token, softmax router, no renormalisation
+    LLaDA2.x    GLM-4-MoE with a block-causal mask: 256 experts in 8 groups, sigmoid router, one shared expert
+
+The three blocks below stand side by side and carry the names of the published checkpoints. So a checkpoint loads as it
+is, and adapters made with PEFT fit by name. Every expert is three plain nn.Linear, because that is what bitsandbytes
+quantises, what PEFT adapts and what fast weights hang on: transformers' own classes stack the experts of a layer in one
+parameter, of which both libraries silently leave 90 % alone. No code from a model's repository is ever run, and
+nothing is unpickled: a model is its config.json, its safetensors and its tokenizer.
+
+Attention masks are True where a query may look. LLaDA and LLaDA-MoE look everywhere. LLaDA2.x decodes block by block: a
+token sees its own block of 32 and those before. Trained and adapted it is with full attention, though, because the
+published run did so (--attention full, the default; --attention block is what the base model was trained with).
+"""
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import memdlm
+from toy.data import collate
+from toy.tasks import Sample
+
+BLOCK = 32  # length of a block of LLaDA2.x, counted from the start of the sequence
+
+
+# ---- 1. config.json, translated ------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Config:
+    """What the blocks need to know, whatever the file calls it."""
+    family: str            # llada, llada_moe or llada2
+    vocab_size: int
+    width: int             # D
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int        # channels of a head that are rotated
+    rope_theta: float
+    eps: float             # of the norms
+    ffn: int               # inner width of a dense feed-forward, 0 where there is none
+    dense_layers: int      # the first so many layers are dense
+    experts: int = 0
+    top_k: int = 0
+    expert_ffn: int = 0
+    shared: int = 0        # inner width of the shared expert
+    groups: int = 1        # of experts; a token chooses among the best `top_groups`
+    top_groups: int = 1
+    routed_scale: float = 1.0
+    max_length: int = 0    # positions the model was made for
+    mask_id: int | None = None
+    eos_id: int | None = None
+
+
+SUPPORTED = ('LLaDA ("llada"), LLaDA-MoE ("llada" with num_experts, or "lladamoe") and LLaDA2.x ("llada2_moe"); '
+             "other architectures have no code here")
+SPECIAL = {"llada": (126336, 126081), "llada_moe": (156895, 156892), "llada2": (156895, 156892)}  # mask, eos if unnamed
+
+
+def translate(raw, name="config.json"):
+    """A config.json as a dict -> Config. ValueError if it is of another architecture, or of a variant with other maths.
+
+    Fields are required, not defaulted: the published classes' defaults (no rotation, biases, dropout 0.1) are not what
+    the checkpoints hold.
+    """
+    def number(key, *others, low=1, high=1 << 20, kind=int):
+        key = next((k for k in (key, *others) if raw.get(k) is not None), key)
+        value = raw.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or kind(value) != value:
+            raise ValueError(f"{name}: {key} is {value!r}; it must be a number from {low} to {high}")
+        return kind(value)
+
+    def refuse_unless(fields):
+        for key, allowed in fields.items():
+            if raw.get(key) not in allowed:
+                raise ValueError(f"{name}: {key} is {raw[key]!r}, a variant that this code does not compute")
+
+    if not isinstance(raw, dict):
+        raise ValueError(f"{name} is not a model's configuration")
+    kind = raw.get("model_type")
+    if kind == "llada" and "n_layers" in raw:
+        family, parts = "llada", _dense(raw, number, refuse_unless)
+    elif kind in ("llada", "lladamoe", "llada_moe") and "num_experts" in raw:
+        family, parts = "llada_moe", _moe(raw, number, refuse_unless)
+    elif kind in ("llada2_moe", "llada2_moe_21", "llada21_moe"):
+        family, parts = "llada2", _moe2(raw, number, refuse_unless)
+    else:
+        raise ValueError(f"{name}: model_type {kind!r} is not supported; supported are {SUPPORTED}")
+    special = {"mask_id": raw.get("mask_token_id"), "eos_id": raw.get("eos_token_id") or raw.get("pad_token_id")}
+    config = Config(family=family, **parts, **special)
+    if config.heads % config.kv_heads or config.rotary_dim % 2 or config.top_k > config.experts:
+        raise ValueError(f"{name}: heads {config.heads}, key-value heads {config.kv_heads}, rotated channels "
+                         f"{config.rotary_dim}, top-k {config.top_k} do not fit together")
+    if config.experts % config.groups or config.top_groups > config.groups or \
+            config.top_k > config.experts // config.groups * config.top_groups:
+        raise ValueError(f"{name}: {config.experts} experts in {config.groups} groups, of which {config.top_groups} are "
+                         f"chosen, do not leave {config.top_k} for a token")
+    return config
+
+
+def _dense(raw, number, refuse_unless):
+    refuse_unless({"block_type": ("llama",), "layer_norm_type": ("rms",), "activation_type": ("silu",), "alibi": (None, False),
+                   "include_bias": (None, False), "include_qkv_bias": (None, False), "attention_layer_norm": (None, False),
+                   "weight_tying": (False,), "clip_qkv": (None,), "rope": (None, True)})
+    width, heads = number("d_model"), number("n_heads")
+    return dict(vocab_size=number("embedding_size", "vocab_size", high=1 << 24), width=width,
+                layers=number("n_layers", high=1000), heads=heads, kv_heads=number("n_kv_heads", "n_heads"),
+                head_dim=width // heads, rotary_dim=width // heads,
+                rope_theta=number("rope_theta", high=1e12, kind=float), eps=number("rms_norm_eps", low=0, high=1, kind=float),
+                ffn=number("mlp_hidden_size"), dense_layers=number("n_layers", high=1000),
+                max_length=number("max_sequence_length", high=1 << 30))
+
+
+def _moe(raw, number, refuse_unless):
+    refuse_unless({"attention_bias": (None, False), "clip_qkv": (None,), "rope_scaling": (None,), "qk_layernorm": (True,),
+                   "moe_router_enable_expert_bias": (None, False), "partial_rotary_factor": (None, 1),
+                   "tie_word_embeddings": (None, False), "shared_expert_intermediate_size": (None, 0),
+                   "moe_router_score_function": (None, "softmax"), "hidden_act": ("silu",),
+                   "norm_topk_prob": (None, False)})
+    if any(layer != 1 for layer in raw.get("moe_layer_freq") or []):
+        raise ValueError("config.json: dense layers (moe_layer_freq with a 0) are a variant that this code does not compute")
+    return _both(raw, number) | dict(expert_ffn=number("expert_intermediate_size"), ffn=0, dense_layers=0)
+
+
+def _moe2(raw, number, refuse_unless):
+    refuse_unless({"use_bias": (False,), "use_qkv_bias": (None, False), "use_qk_norm": (None, True), "rope_scaling": (None,),
+                   "score_function": (None, "sigmoid"), "tie_word_embeddings": (None, False), "hidden_act": ("silu",),
+                   "norm_head": (None, False), "use_sliding_window": (None, False), "norm_topk_prob": (None, True)})
+    parts = _both(raw, number)
+    factor = raw.get("partial_rotary_factor", 1)
+    parts["rotary_dim"] = int(parts["head_dim"] * factor) if isinstance(factor, (int, float)) else -1
+    return parts | dict(expert_ffn=number("moe_intermediate_size"), ffn=number("intermediate_size"),
+                        dense_layers=number("first_k_dense_replace", low=0),
+                        shared=number("moe_intermediate_size") * number("num_shared_experts", low=0),
+                        groups=number("n_group"), top_groups=number("topk_group"),
+                        routed_scale=number("routed_scaling_factor", low=0, kind=float))
+
+
+def _both(raw, number):
+    width, heads = number("hidden_size"), number("num_attention_heads")
+    head_dim = number("head_dim") if raw.get("head_dim") else width // heads
+    return dict(vocab_size=number("vocab_size", high=1 << 24), width=width, layers=number("num_hidden_layers", high=1000),
+                heads=heads, kv_heads=number("num_key_value_heads", low=1), head_dim=head_dim, rotary_dim=head_dim,
+                rope_theta=number("rope_theta", high=1e12, kind=float), eps=number("rms_norm_eps", low=0, high=1, kind=float),
+                experts=number("num_experts", high=1 << 14), top_k=number("num_experts_per_tok"),
+                max_length=number("max_position_embeddings", high=1 << 30))
+
+
+# The shapes of the published models, as their config.json has them: for bench.py, --plan and trying things out.
+PUBLISHED = {
+    "llada-8b": dict(
+        model_type="llada", d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288, vocab_size=126464,
+        embedding_size=126464, block_type="llama", layer_norm_type="rms", activation_type="silu", rms_norm_eps=1e-5,
+        rope_theta=500000.0, max_sequence_length=4096, weight_tying=False, mask_token_id=126336, eos_token_id=126081),
+    "llada-moe": dict(
+        model_type="llada", hidden_size=2048, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=16,
+        expert_intermediate_size=1024, num_experts=64, num_experts_per_tok=8, vocab_size=157184, rms_norm_eps=1e-5,
+        rope_theta=50000, hidden_act="silu", qk_layernorm=True, max_position_embeddings=8192, pad_token_id=156892,
+        mask_token_id=156895),
+    "llada2.1-mini": dict(
+        model_type="llada2_moe", hidden_size=2048, num_hidden_layers=20, num_attention_heads=16, num_key_value_heads=4,
+        head_dim=128, intermediate_size=5120, moe_intermediate_size=512, num_experts=256, num_experts_per_tok=8,
+        num_shared_experts=1, n_group=8, topk_group=4, routed_scaling_factor=2.5, first_k_dense_replace=1, vocab_size=157184,
+        rms_norm_eps=1e-6, rope_theta=600000, partial_rotary_factor=0.5, hidden_act="silu", use_bias=False,
+        max_position_embeddings=32768, pad_token_id=156892, mask_token_id=156895),
+}
+
+
+# ---- 2. The parts of a transformer ---------------------------------------------------------------------
+
+class Context(NamedTuple):
+    """What a block needs besides hidden states."""
+    cos: torch.Tensor          # [L, rotated channels]
+    sin: torch.Tensor
+    mask: torch.Tensor | None  # bool, broadcast to [B, heads, L, keys]: True where a query may look. None: everywhere
+    past: Past | None          # keys and values of what stands before
+
+
+class RMSNorm(nn.Module):
+    """Normalised in float32, rounded to the model's precision, and only then multiplied: so the checkpoints were trained."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        wide = x.float() if x.dtype != torch.float64 else x
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def linear(width, out):
+    return nn.Linear(width, out, bias=False)
+
+
+def rotary(positions, dim, theta, dtype):
+    """cos and sin [L, dim] of the positions [L]; angles in float32, channel i paired with i + dim / 2."""
+    frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angle = torch.outer(positions.float(), frequency).repeat(1, 2)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding of the first channels of each head; the others (LLaDA2.x) pass. x [B, heads, L, dim]."""
+    turned, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+
+
+def attend(q, k, v, context, layer):
+    """Attention of q on k and v, each [B, L, heads, dim] and already normalised -> [B, L, heads * dim]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, L, dim]
+    q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+    if context.past is not None:
+        k, v = context.past.extend(layer, k, v)
+    share = q.shape[1] // k.shape[1]
+    if share > 1:  # grouped queries: `share` of them read the same keys
+        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask)  # no mask: the fast path
+    return out.transpose(1, 2).flatten(2)
+
+
+class Past:
+    """Keys and values of finished blocks, by layer. `keep`: does the coming forward pass belong to them?"""
+
+    def __init__(self):
+        self.length, self.keep, self.pairs = 0, False, {}
+
+    def extend(self, layer, k, v):
+        if layer in self.pairs:
+            old_k, old_v = (x[:, :, :self.length] for x in self.pairs[layer])
+            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        if self.keep:
+            self.pairs[layer] = k, v
+        return k, v
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x)): an expert, a shared expert, or the feed-forward of a dense layer."""
+
+    def __init__(self, width, inner):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = linear(width, inner), linear(width, inner), linear(inner, width)
+
+    def forward(self, x, groups=None):
+        if groups:  # x [N, D] holds so many rows of each sample: per-sample fast weights need to know
+            self.gate_proj.groups = self.up_proj.groups = self.down_proj.groups = groups
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.ModuleList):
+    """Each token goes through its k experts; the outputs are summed with the router's weights."""
+
+    def forward(self, x, weights, chosen):
+        """x [B, L, D]; weights, chosen [B * L, k]: how much of which expert -> [B, L, D]."""
+        (B, L, D), k = x.shape, chosen.shape[1]
+        pair = chosen.flatten() * B + torch.arange(B, device=x.device).repeat_interleave(L * k)  # (expert, sample)
+        order = pair.argsort(stable=True)  # sorted once: by expert, within an expert by sample, within that by position
+        counts = torch.zeros(len(self) * B, dtype=torch.long, device=x.device).scatter_add_(0, pair, torch.ones_like(pair))
+        counts = counts.view(-1, B).tolist()  # the one number that the host reads from the device in this layer
+        rows = x.reshape(-1, D)[order // k].split([sum(groups) for groups in counts])
+        out = [expert(part, groups if B > 1 else None) for expert, part, groups in zip(self, rows, counts) if len(part)]
+        out = torch.cat(out)[order.argsort()].view(-1, k, D)  # back to [token, choice, D]
+        return (weights.to(out.dtype)[:, None] @ out).view(B, L, D)
+
+
+# ---- 3. The three blocks, side by side -----------------------------------------------------------------
+#      h += attention(norm(h));  h += feed-forward(norm(h))
+
+class LLaDABlock(nn.Module):
+    """LLaDA-8B."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.layer, self.head_dim, D = layer, c.head_dim, c.width
+        self.attn_norm, self.ff_norm = RMSNorm(D, c.eps), RMSNorm(D, c.eps)
+        self.q_proj, self.attn_out = linear(D, c.heads * c.head_dim), linear(c.heads * c.head_dim, D)
+        self.k_proj, self.v_proj = linear(D, c.kv_heads * c.head_dim), linear(D, c.kv_heads * c.head_dim)
+        self.ff_proj, self.up_proj, self.ff_out = linear(D, c.ffn), linear(D, c.ffn), linear(c.ffn, D)
+
+    def forward(self, h, context):
+        x = self.attn_norm(h)
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        h = h + self.attn_out(attend(q, k, v, context, self.layer))
+        x = self.ff_norm(h)
+        return h + self.ff_out(F.silu(self.ff_proj(x)) * self.up_proj(x))
+
+    def matrices(self, scope):
+        names = ["ff_proj", "up_proj", "ff_out"] + ["q_proj", "k_proj", "v_proj", "attn_out"] * (scope == "ffn+attn")
+        return {name: getattr(self, name) for name in names}
+
+
+class LLaDAMoEBlock(nn.Module):
+    """LLaDA-MoE: the norm of queries and keys is per head."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        D = c.width
+        self.layer, self.head_dim, self.top_k = layer, c.head_dim, c.top_k
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, c.eps), RMSNorm(D, c.eps)
+        self.self_attn, self.mlp = nn.Module(), nn.Module()
+        for name, heads in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads)):
+            setattr(self.self_attn, f"{name}_proj", linear(D, heads * c.head_dim))
+        self.self_attn.o_proj = linear(c.heads * c.head_dim, D)
+        self.self_attn.q_norm, self.self_attn.k_norm = RMSNorm(c.head_dim, c.eps), RMSNorm(c.head_dim, c.eps)
+        self.mlp.gate = linear(D, c.experts)
+        self.mlp.experts = Experts(FeedForward(D, c.expert_ffn) for _ in range(c.experts))
+
+    def forward(self, h, context):
+        x, a = self.input_layernorm(h), self.self_attn
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (a.q_proj, a.k_proj, a.v_proj))
+        h = h + a.o_proj(attend(a.q_norm(q), a.k_norm(k), v, context, self.layer))
+        x = self.post_attention_layernorm(h)
+        # Softmax over all experts; the weights of the chosen are used as they are, so they sum to less than 1.
+        weights, chosen = self.mlp.gate(x).flatten(0, 1).float().softmax(-1).topk(self.top_k, dim=-1)
+        return h + self.mlp.experts(x, weights, chosen)
+
+    def matrices(self, scope):
+        found = {f"mlp.{name}": m for name, m in feed_forwards(self.mlp)}
+        if scope == "ffn+attn":
+            found |= {f"self_attn.{name}": getattr(self.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        return found
+
+
+class GroupRouter(nn.Module):
+    """The router of LLaDA2.x, in float32 throughout. Not an nn.Linear: neither quantised nor adapted."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c, self.weight = c, nn.Parameter(torch.zeros(c.experts, c.width))
+        self.register_buffer("expert_bias", torch.zeros(c.experts))
+
+    def forward(self, x):
+        """x [N, D] -> weights, chosen [N, k]."""
+        c, score = self.c, F.linear(x.float(), self.weight.float()).sigmoid()
+        ranked = score + self.expert_bias  # the bias balances the load: it decides who is chosen, not how much of it
+        groups = ranked.view(len(x), c.groups, -1)
+        # A group is worth its two best experts; only experts of the best groups can be chosen.
+        best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1).topk(c.top_groups, dim=-1).indices
+        closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
+        chosen = groups.masked_fill(closed[..., None], -math.inf).flatten(1).topk(c.top_k, dim=-1).indices
+        weights = score.gather(1, chosen)
+        return c.routed_scale * weights / (weights.sum(-1, keepdim=True) + 1e-20), chosen
+
+
+class LLaDA2Block(nn.Module):
+    """LLaDA2.0 and 2.1: one matrix makes queries, keys and values; the first layers are dense."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        D = c.width
+        self.layer, self.heads, self.kv_heads, self.head_dim, self.dense = layer, c.heads, c.kv_heads, c.head_dim, layer < c.dense_layers
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, c.eps), RMSNorm(D, c.eps)
+        self.attention = nn.Module()
+        self.attention.query_key_value = linear(D, (c.heads + 2 * c.kv_heads) * c.head_dim)
+        self.attention.dense = linear(c.heads * c.head_dim, D)
+        self.attention.query_layernorm, self.attention.key_layernorm = RMSNorm(c.head_dim, c.eps), RMSNorm(c.head_dim, c.eps)
+        self.mlp = FeedForward(D, c.ffn) if self.dense else nn.Module()
+        if not self.dense:
+            self.mlp.gate = GroupRouter(c)
+            self.mlp.experts = Experts(FeedForward(D, c.expert_ffn) for _ in range(c.experts))
+            self.mlp.shared_experts = FeedForward(D, c.shared)
+
+    def forward(self, h, context):
+        a = self.attention
+        heads = a.query_key_value(self.input_layernorm(h)).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        h = h + a.dense(attend(a.query_layernorm(q), a.key_layernorm(k), v, context, self.layer))
+        x = self.post_attention_layernorm(h)
+        if self.dense:
+            return h + self.mlp(x)
+        return h + self.mlp.experts(x, *self.mlp.gate(x.flatten(0, 1))) + self.mlp.shared_experts(x)
+
+    def matrices(self, scope):
+        found = {f"mlp.{name}": m for name, m in feed_forwards(self.mlp)}
+        if scope == "ffn+attn":
+            found |= {f"attention.{name}": getattr(self.attention, name) for name in ("query_key_value", "dense")}
+        return found
+
+
+def feed_forwards(mlp):
+    """The matrices of every feed-forward in a layer: (name, nn.Linear or its adapter)."""
+    for name, module in mlp.named_modules():
+        if isinstance(module, FeedForward):
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                yield f"{name}.{part}".lstrip("."), getattr(module, part)
+
+
+class Family(NamedTuple):
+    """Where a checkpoint keeps what, and which linear layers PEFT's "all-linear" adapts (the head is none of them)."""
+    name: str
+    block: type
+    embed: str
+    layers: str
+    norm: str
+    head: str
+    attention: tuple
+    ffn: tuple
+
+
+FAMILIES = {
+    "llada": Family("LLaDA", LLaDABlock, "model.transformer.wte", "model.transformer.blocks", "model.transformer.ln_f",
+                    "model.transformer.ff_out", ("q_proj", "k_proj", "v_proj", "attn_out"), ("ff_proj", "up_proj", "ff_out")),
+    "llada_moe": Family("LLaDA-MoE", LLaDAMoEBlock, "model.embed_tokens", "model.layers", "model.norm", "lm_head",
+                        ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")),
+    "llada2": Family("LLaDA2.x", LLaDA2Block, "model.word_embeddings", "model.layers", "model.norm", "lm_head",
+                     ("query_key_value", "dense"), ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+def build_network(config):
+    """The module tree of a checkpoint, under the checkpoint's own names."""
+    family, root = FAMILIES[config.family], nn.Module()
+    parts = {family.embed: nn.Embedding(config.vocab_size, config.width),
+             family.layers: nn.ModuleList(family.block(config, i) for i in range(config.layers)),
+             family.norm: RMSNorm(config.width, config.eps), family.head: linear(config.width, config.vocab_size)}
+    for path, module in parts.items():
+        *outer, name = path.split(".")
+        place = root
+        for part in outer:
+            if not hasattr(place, part):
+                setattr(place, part, nn.Module())
+            place = getattr(place, part)
+        setattr(place, name, module)
+    return root
+
+
+# ---- 4. The backbone -----------------------------------------------------------------------------------
+
+class Backbone(nn.Module):
+    """A network with the interface described at the top of memdlm.py."""
+
+    def __init__(self, network, config, tokenizer=None, attention="full", checkpointing=False, name=""):
+        super().__init__()
+        self.network, self.config, self.tokenizer, self.name = network, config, tokenizer, name
+        self.attention, self.checkpointing = attention, checkpointing
+        self.num_layers, self.vocab_size, self.mask_id = config.layers, config.vocab_size, config.mask_id
+
+    @property
+    def core(self):
+        """The network inside PEFT's wrapper, if there is one."""
+        return self.network.get_base_model() if hasattr(self.network, "get_base_model") else self.network
+
+    def part(self, name):
+        return self.core.get_submodule(getattr(FAMILIES[self.config.family], name))
+
+    def embed(self, ids):
+        table = self.part("embed")
+        return table(ids.to(table.weight.device))  # [B, L, D]
+
+    def blocks(self, h, valid, start, stop, past=None):
+        """Run layers start..stop-1. past: keys and values that stand before h, for block-causal decoding."""
+        before = past.length if past else 0
+        where = torch.arange(before, before + h.shape[1], device=h.device)
+        cos, sin = rotary(where, self.config.rotary_dim, self.config.rope_theta, h.dtype)
+        context = Context(cos, sin, self.mask(valid, h, past), past)
+        # Fast weights act from `stop` on; what is computed again in the backward pass must not need them.
+        again = self.checkpointing and stop is not None and torch.is_grad_enabled()
+        for layer in self.part("layers")[start:stop]:
+            h = checkpoint(layer, h, context, use_reentrant=False) if again else layer(h, context)
+        return h
+
+    def mask(self, valid, h, past):
+        """Where a query may look: not at padding and, with block-causal attention, not beyond its own block."""
+        mask = None if valid is None or valid.all() else valid[:, None, None, :].to(h.device)  # [B, 1, 1, L]
+        if self.attention == "block" or past is not None:
+            before = past.length if past else 0
+            block = torch.arange(before + h.shape[1], device=h.device) // BLOCK
+            if block[-1] != before // BLOCK:  # otherwise all queries are in the last block and see everything
+                causal = block[before:, None] >= block  # [L, before + L]
+                mask = causal if mask is None else mask & causal
+        return mask
+
+    def head(self, h):
+        return self.part("head")(self.part("norm")(h))
+
+    def matrices(self, first, scope):
+        path, layers = FAMILIES[self.config.family].layers, self.part("layers")
+        return {f"{path}.{i}.{name}": matrix for i in range(first, self.num_layers)
+                for name, matrix in layers[i].matrices(scope).items()}
+
+
+# ---- 5. Loading ----------------------------------------------------------------------------------------
+
+def find(model):
+    """A folder, or the hub's id of a model or adapter (its files are downloaded, or taken from the cache) -> folder."""
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "special_tokens_map.json",
+              "chat_template.jinja", "adapter_config.json"]
+    if Path(model).is_dir():
+        return Path(model)
+    return download(model, "model", wanted, "'toy', a folder with config.json and *.safetensors, or a hub id such as "
+                    "inclusionAI/LLaDA-MoE-7B-A1B-Base")
+
+
+def download(name, kind, wanted, instead):
+    """Files of a repository on the hub -> folder. Nothing is retried for minutes: one line says what to do instead."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(f"there is no {kind} {name!r} here; give {instead}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+    try:
+        return Path(snapshot_download(name, repo_type=kind, allow_patterns=wanted, etag_timeout=5))
+    except (HfHubHTTPError, OSError) as error:  # not found, not allowed, not reachable, and not in the cache either
+        raise ValueError(f"{kind} {name!r} is not here and could not be fetched from the hub "
+                         f"({str(error).strip().splitlines()[0][:160]}); give {instead}") from None
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: not the folder of a model in the hub's layout") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+class Shards:
+    """The safetensors files of a model folder. Called with a name and a shape, gives that tensor, read from disk now."""
+
+    def __init__(self, folder):
+        self.folder, self.open, self.used = folder, {}, set()
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            names = read_json(index).get("weight_map", {})
+            for file in set(names.values()):
+                if not re.fullmatch(r"[\w.-]+\.safetensors", str(file)):
+                    raise ValueError(f"{index} names the file {file!r}, which is not a safetensors file beside it")
+            self.where = names
+        else:
+            self.where = dict.fromkeys(self.file("model.safetensors").keys(), "model.safetensors")
+
+    def file(self, name):
+        from safetensors import SafetensorError, safe_open
+        if name not in self.open:
+            if not (self.folder / name).exists():
+                raise ValueError(f"{self.folder / name} is missing")
+            try:
+                self.open[name] = safe_open(self.folder / name, "pt")
+            except SafetensorError as error:
+                raise ValueError(f"{self.folder / name} is not a safetensors file: {error}") from None
+        return self.open[name]
+
+    def __call__(self, name, shape):
+        if name not in self.where:
+            raise ValueError(f"{self.folder}: the checkpoint has no {name}")
+        file = self.file(self.where[name])
+        if name not in file.keys():
+            raise ValueError(f"{self.folder / self.where[name]} has no {name}, though the index says so")
+        found = file.get_slice(name).get_shape()
+        if list(found) != list(shape):
+            raise ValueError(f"{self.folder}: {name} should be {list(shape)}, is {list(found)}")
+        self.used.add(name)
+        return file.get_tensor(name)
+
+    def finish(self):
+        """Everything that is in the files must have been asked for."""
+        if left := sorted(set(self.where) - self.used):
+            raise ValueError(f"{self.folder}: {len(left)} weights of the checkpoint have no place in the model: "
+                             f"{', '.join(left[:3])}{' ...' if len(left) > 3 else ''}")
+
+
+def random_weights(device, seed=0):
+    """In place of a checkpoint: the same shapes, random numbers, made where they are needed and one at a time."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def tensor(name, shape):
+        if len(shape) == 1:
+            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        return torch.empty(shape, device=device).normal_(0, 0.02, generator=generator)
+    return tensor
+
+
+def to_4bit(network, config, dtype):
+    """Replace every linear layer of the blocks but the router by bitsandbytes' nf4 with double quantisation."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise ValueError("--load-4bit needs bitsandbytes, which is not installed: pip install bitsandbytes") from None
+    kept = FAMILIES[config.family].head
+    for path, module in list(network.named_modules()):
+        for name, child in list(module.named_children()):
+            full = f"{path}.{name}".lstrip(".")
+            if type(child) is nn.Linear and full != kept and not full.endswith("mlp.gate"):
+                new = bnb.nn.Linear4bit(child.in_features, child.out_features, bias=False, compute_dtype=dtype,
+                                        compress_statistics=True, quant_type="nf4", device="meta")
+                # On some CPUs bitsandbytes switches in eval mode to a fused product that has no gradient: adapting to
+                # a prompt would silently do nothing.
+                new.support_avx512bf16_for_cpu = False
+                setattr(module, name, new)
+
+
+def fill(network, tensor, dtype, device):
+    """Give every parameter its values, one at a time, so that the host holds no more than one of them."""
+    for path, module in network.named_modules():
+        for name, empty in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            value = tensor(f"{path}.{name}", empty.shape)
+            if hasattr(empty, "quant_type"):  # Params4bit: quantised on its way to the device
+                value = type(empty)(value.to(dtype), requires_grad=False, quant_type="nf4", compress_statistics=True,
+                                    module=module).to(device)
+            elif isinstance(empty, nn.Parameter):
+                value = nn.Parameter(value.to(device, dtype), requires_grad=False)
+            else:  # the router's bias is stored in float32 and stays so
+                value = value.to(device, torch.float32)
+            setattr(module, name, value)
+
+
+def load(model, load_4bit=False, dtype="auto", device=None, attention="full", checkpointing=False, merge=None, random=False,
+         seed=0):
+    """A hub id, a folder in the hub's layout, or (random=True) a name of PUBLISHED or a config -> Backbone, frozen.
+
+    dtype: auto (bfloat16 on a GPU, the file's on a CPU), bfloat16 or float32. merge: folder of an adapter that is added
+    to the weights before they are rounded. ValueError says in one line what does not fit.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if random:
+        folder, raw, tensor = None, PUBLISHED[model] if isinstance(model, str) else model, random_weights(device, seed)
+    else:
+        folder = find(model)
+        raw, tensor = read_json(folder / "config.json"), Shards(folder)
+    config = translate(raw, str(folder / "config.json") if folder else "config")
+    tokenizer = Tokenizer(folder, config) if folder and (folder / "tokenizer.json").exists() else None
+    config = special_ids(config, tokenizer)
+    if attention == "block" and config.family != "llada2":
+        raise ValueError(f"--attention block is for LLaDA2.x; {FAMILIES[config.family].name} attends fully")
+    if dtype == "auto":
+        stored = raw.get("dtype") or raw.get("torch_dtype")
+        dtype = "bfloat16" if device.type == "cuda" or stored == "bfloat16" else "float32"
+    dtype = getattr(torch, dtype)
+    with torch.device("meta"):
+        network = build_network(config)
+        if load_4bit:
+            to_4bit(network, config, dtype)
+    fill(network, merged(tensor, merge, network) if merge else tensor, dtype, device)
+    if folder:
+        tensor.finish()
+    network.is_loaded_in_4bit = load_4bit  # where PEFT looks
+    name = model if isinstance(model, str) else FAMILIES[config.family].name
+    return Backbone(network.eval(), config, tokenizer, attention, checkpointing, name)
+
+
+def special_ids(config, tokenizer):
+    """The ids of mask and end: from config.json, else from the tokenizer, else the published ones."""
+    mask, eos = SPECIAL[config.family]
+    given = (config.mask_id, tokenizer.mask_id if tokenizer else None, mask), (config.eos_id, tokenizer.eos_id if tokenizer else None, eos)
+    mask, eos = (next(i for i in ids if i is not None) for ids in given)
+    for what, i in (("mask", mask), ("end", eos)):
+        if not isinstance(i, int) or not 0 <= i < config.vocab_size:
+            raise ValueError(f"the {what} token's id is {i!r}, outside the vocabulary of {config.vocab_size}; "
+                             f"set {'mask' if what == 'mask' else 'eos'}_token_id in config.json")
+    if mask == eos:
+        raise ValueError(f"mask and end token have the same id, {mask}; correct mask_token_id in config.json")
+    return replace(config, mask_id=mask, eos_id=eos)
+
+
+def describe(backbone):
+    """One line: what was loaded."""
+    is_4bit = [m for m in backbone.modules() if hasattr(m, "quant_state") and hasattr(m, "in_features")]
+    adapted = sum(hasattr(m, "lora_A") for m in backbone.modules())
+    lora = sum(p.numel() for n, p in backbone.named_parameters() if "lora_" in n)
+    packed = sum(m.weight.numel() for m in is_4bit)
+    whole = sum(m.in_features * m.out_features for m in is_4bit)
+    total = sum(p.numel() for n, p in backbone.named_parameters() if "lora_" not in n) - packed + whole
+    size = sum(p.numel() * p.element_size() for p in backbone.parameters())
+    return (f"{FAMILIES[backbone.config.family].name}, {total / 1e9:.3g} billion parameters, {len(is_4bit):,} layers in 4-bit, "
+            f"{adapted:,} with LoRA ({lora / 1e6:.4g} million parameters), {size / 2**30:.3g} GiB on {next(backbone.parameters()).device}")
+
+
+# ---- 6. The outer LoRA, through PEFT -------------------------------------------------------------------
+
+def lora_targets(config, scope, router):
+    """Names of the layers that get a LoRA. The published run had it on the router of LLaDA-MoE too, an nn.Linear there."""
+    family = FAMILIES[config.family]
+    names = {"all": family.attention + family.ffn, "attention": family.attention}[scope]
+    if router and config.family != "llada_moe":
+        raise ValueError("--lora-router is for LLaDA-MoE: the router of the other models is no linear layer")
+    return [*names] + ["gate"] * router
+
+
+def add_lora(backbone, rank, alpha, dropout, scope="all", router=False, dtype="float32", seed=0, targets=None):
+    """Wrap the network in PEFT's LoRA; only its weights are trainable then."""
+    from peft import LoraConfig, get_peft_model
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", base_model_name_or_path=backbone.name,
+                        target_modules=targets or lora_targets(backbone.config, scope, router))
+    with torch.random.fork_rng(devices=[]):  # PEFT draws A from the global generator
+        torch.manual_seed(seed)
+        backbone.network = get_peft_model(backbone.network, config)
+    for name, p in backbone.network.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.to(getattr(torch, dtype))
+    backbone.network.peft_config["default"].base_model_name_or_path = backbone.name
+    return backbone
+
+
+def lora_weights(backbone):
+    """{key in PEFT's file: parameter}."""
+    return {name.replace(".default.", "."): p for name, p in backbone.network.named_parameters() if "lora_" in name}
+
+
+def save_adapter(backbone, folder):
+    """adapter_config.json and adapter_model.safetensors, as plain PEFT writes and reads them."""
+    backbone.network.save_pretrained(folder, save_embedding_layers=False)
+
+
+def read_adapter(folder, base):
+    """An adapter's folder or hub id -> its LoraConfig fields and tensors. Only plain LoRA is taken."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    folder = find(folder)
+    raw, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    odd = [key for key in ("use_dora", "use_rslora", "modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern",
+                           "layer_replication", "fan_in_fan_out", "lora_bias") if raw.get(key)]
+    if raw.get("peft_type") != "LORA" or odd or raw.get("bias", "none") != "none":
+        raise ValueError(f"{folder}: only plain LoRA adapters are read, this one has {', '.join(odd) or raw.get('peft_type')}")
+    if not isinstance(raw.get("r"), int) or not 0 < raw["r"] <= 1 << 16 or not isinstance(raw.get("lora_alpha"), (int, float)):
+        raise ValueError(f"{folder}/adapter_config.json: r {raw.get('r')!r} and lora_alpha {raw.get('lora_alpha')!r} must be numbers")
+    ours, theirs = (str(name or "").rstrip("/").rpartition("/") for name in (base, raw.get("base_model_name_or_path")))
+    hub = all(owner and not Path("/".join((owner, name))).exists() and "/" not in owner for owner, _, name in (ours, theirs))
+    if hub and ours[2].lower() != theirs[2].lower():
+        raise ValueError(f"{folder} was made for {raw['base_model_name_or_path']}, not for {base}")
+    try:
+        return raw, load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing (an adapter must be in safetensors)") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+
+
+def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):
+    """Put a trained adapter on the backbone, live and trainable. Every key must fit, and no layer may go without."""
+    raw, tensors = read_adapter(folder, backbone.name)
+    targets = sorted({key.rpartition(".lora_")[0].rpartition(".")[2] for key in tensors})
+    allowed = lora_targets(backbone.config, "all", backbone.config.family == "llada_moe")
+    if not targets or not set(targets) <= set(allowed):
+        raise ValueError(f"{folder} adapts {', '.join(targets[:8]) or 'nothing'}; this model has {', '.join(allowed)}")
+    add_lora(backbone, raw["r"], raw["lora_alpha"], dropout, dtype=dtype, targets=targets)
+    places = lora_weights(backbone)
+    wrong = [key for key in tensors.keys() | places.keys()
+             if key not in tensors or key not in places or tensors[key].shape != places[key].shape]
+    if wrong:
+        raise ValueError(f"{folder} was made for another model: {len(wrong)} of {len(tensors)} keys do not fit, such as {min(wrong)}")
+    for key, p in places.items():
+        p.data.copy_(tensors[key])
+    return backbone
+
+
+def merged(tensor, folder, network):
+    """The same source of weights, with an adapter's W + (alpha / r) B A. Before quantisation: rounded once, not twice."""
+    raw, tensors = read_adapter(folder, None)
+    scale, open_ = raw["lora_alpha"] / raw["r"], set(tensors)
+
+    def with_adapter(name, shape):
+        W, stem = tensor(name, shape), "base_model.model." + name.removesuffix(".weight")
+        if f"{stem}.lora_A.weight" in tensors:
+            A, B = tensors[f"{stem}.lora_A.weight"].to(W.device), tensors[f"{stem}.lora_B.weight"].to(W.device)
+            open_.difference_update({f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"})
+            if (B.shape[0], A.shape[1]) != tuple(W.shape):
+                raise ValueError(f"{folder} was made for another model: {name} is {list(W.shape)}, its adapter for "
+                                 f"{[B.shape[0], A.shape[1]]}")
+            W = (W.float() + scale * B.float() @ A.float()).to(W.dtype)
+        return W
+
+    names = {f"base_model.model.{n.removesuffix('.weight')}.lora_{x}.weight" for n, _ in network.named_parameters() for x in "AB"}
+    if strangers := sorted(open_ - names):
+        raise ValueError(f"{folder} was made for another model: {len(strangers)} keys do not fit, such as {strangers[0]}")
+    return with_adapter
+
+
+# ---- 7. Text -------------------------------------------------------------------------------------------
+
+class Tokenizer:
+    """The checkpoint's own tokenizer and chat template (Jinja, which transformers runs in a sandbox)."""
+
+    def __init__(self, folder, config):
+        from transformers import PreTrainedTokenizerFast
+        try:
+            self.hf = PreTrainedTokenizerFast.from_pretrained(folder)
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise ValueError(f"{folder}: the tokenizer cannot be read: {str(error).splitlines()[0][:200]}") from None
+        if len(self.hf) > config.vocab_size:
+            raise ValueError(f"{folder}: the tokenizer has {len(self.hf)} tokens, the model {config.vocab_size}")
+        self.vocab_size, self.added = config.vocab_size, self.hf.get_added_vocab()
+        self.mask_id = next((self.added[t] for t in ("<|mask|>", "<|mdm_mask|>") if t in self.added), self.hf.mask_token_id)
+        self.eos_id = self.hf.eos_token_id
+        # A response ends with the template's own end of turn, or with the end of text.
+        self.stop_ids = [i for i in (self.eos_id, *(self.added.get(t) for t in ("<|role_end|>", "<|eot_id|>"))) if i is not None]
+
+    def encode(self, text):
+        """Ids of a user's text, in which a special token may not stand: it would be read as a mask or an end."""
+        found = next((token for token in self.added if token in text), None)
+        if found:
+            raise ValueError(f"the text contains {found!r}, which this model reads as a special token; remove it")
+        return self.hf(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids):
+        return self.hf.decode(ids, skip_special_tokens=True)
+
+    def pieces(self, ids):
+        return [self.hf.decode([i]) for i in ids]
+
+    def chat(self, messages):
+        """[{role, content}, ...] -> (ids of the prompt, ids of the reply, [] if the last turn is the user's)."""
+        for message in messages:
+            self.encode(message["content"])  # refuses special tokens
+        reply = messages[-1]["role"] == "assistant"
+        asked = messages[:-1] if reply else messages
+        if not self.hf.chat_template:
+            prompt = "\n\n".join(m["content"] for m in asked) + "\n\n"
+            return self.encode(prompt), self.encode(messages[-1]["content"]) + self.stop_ids[:1] if reply else []
+        prompt = self.hf.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        whole = self.hf.apply_chat_template(messages, tokenize=False) if reply else prompt
+        if not whole.startswith(prompt):
+            raise ValueError("the chat template does not put a reply behind its generation prompt; prompt and reply cannot be told apart")
+        ids = [self.hf(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole[len(prompt):])]
+        return ids[0], ids[1] if reply else []
+
+
+def messages(record):
+    """A record of a data file -> chat messages: `messages`, prompt and response, or Alpaca's fields. ValueError if neither."""
+    def text(key, optional=False):
+        value = record.get(key)
+        if optional and value in (None, ""):
+            return ""
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{key!r} is {'missing' if key not in record else 'empty' if value in ('', None) else 'no text'}")
+        return value.strip()
+
+    if not isinstance(record, dict):
+        raise ValueError(f"a record must be an object, not {type(record).__name__}")
+    if "messages" in record:
+        turns = record["messages"]
+        good = isinstance(turns, list) and len(turns) > 1 and all(
+            isinstance(t, dict) and t.get("role") in ("system", "user", "assistant") and isinstance(t.get("content"), str)
+            and t["content"].strip() for t in turns)
+        if not good or turns[-1]["role"] != "assistant":
+            raise ValueError("'messages' must be a list of {role, content} that ends with the assistant's turn")
+        return [{"role": t["role"], "content": t["content"]} for t in turns]
+    if "instruction" in record:
+        extra = text("input", optional=True)
+        prompt, reply = text("instruction") + (f"\n\n{extra}" if extra else ""), text("output")
+    else:
+        prompt, reply = text("prompt"), text("response")
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+
+
+class ChatData:
+    """Training pairs through the chat template, with the interface of toy.data.ToyData. The Base models are trained with
+    the template too, as in the published run."""
+    words, metric, kind = False, "nats", "chat"
+
+    def __init__(self, backbone, records=(), max_length=4096, truncate=False, split_seed=42, where="", bad=0):
+        self.tokenizer, self.max_length, self.window = backbone.tokenizer, max_length, backbone.config.max_length
+        if self.tokenizer is None:
+            raise ValueError(f"{backbone.name} has no tokenizer.json, so it cannot read text")
+        samples, long, cut, special = [], 0, 0, 0
+        for turns in records:
+            try:
+                prompt, reply = self.tokenizer.chat(turns)
+            except ValueError:
+                special += 1
+                continue
+            room = max_length - len(prompt)
+            if room <= 0 or (len(reply) > room and not truncate):
+                long += 1
+                continue
+            cut += len(reply) > room
+            samples.append(Sample(prompt, reply[:room], [True] * len(reply[:room])))
+        if records and len(samples) < 2:
+            raise ValueError(f"{where}: {len(samples)} samples left of {len(records)} ({long} longer than {max_length} tokens, "
+                             f"{special} with special tokens in their text); raise --max-length, or --truncate")
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(split_seed)).tolist()
+        held = max(1, len(samples) // 20)  # 95 % to train, 5 % held out
+        self.pairs = {"test": [samples[i] for i in order[:held]], "train": [samples[i] for i in order[held:]]}
+        self.columns = {"held out": {}}
+        lengths = sorted(len(s.prompt) + len(s.rest) for s in samples)
+        self.note = (f"{where}: {len(samples)} samples kept ({len(self.pairs['train'])} to train, {held} held out; "
+                     f"{lengths[len(lengths) // 2]} tokens in the median, {lengths[-1]} at most), {long} too long, {cut} cut, "
+                     f"{special} with special tokens in their text, {bad} malformed") if samples else ""
+
+    def train(self, rng, progress, number):
+        """Training sample `number`: all of them in a new order in each epoch."""
+        epoch, i = divmod(number, len(self.pairs["train"]))
+        return self.pairs["train"][_shuffled(epoch, len(self.pairs["train"]))[i]]
+
+    def test(self, column, name, number):
+        return self.pairs["test"][number % len(self.pairs["test"])]
+
+    def tests(self, column, numbers, closed_book, name="test"):
+        """Held-out samples as one batch."""
+        return collate([self.test(column, name, n) for n in numbers], [f"{name} {column} {n}" for n in numbers], closed_book)
+
+    def ask(self, prompt, question="", length=0):
+        """A user's text as the user's turn -> Sample with `length` gaps for the reply."""
+        if question or not prompt.strip():
+            raise ValueError("the prompt is empty; give some text with --prompt or --file" if not question else
+                             "--question is for the toy; put the question into the prompt")
+        ids, length = self.tokenizer.chat([{"role": "user", "content": prompt}])[0], length or 128
+        if len(ids) + length > self.window:
+            raise ValueError(f"the prompt has {len(ids)} tokens, with {length} to generate more than the model's window of "
+                             f"{self.window}; shorten it")
+        return Sample(ids, [0] * length, [True] * length)
+
+
+@lru_cache(maxsize=2)
+def _shuffled(epoch, n):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(epoch)).tolist()
+
+
+# ---- 8. Block diffusion, the decoder of LLaDA2.x -------------------------------------------------------
+
+@torch.no_grad()
+def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95, edit_threshold=None, steps=None,
+                    temperature=0.0, extra_steps=16):
+    """Fill in the positions `fill` of x, a block of 32 after the other. Yields the canvas [B, L] after each step.
+
+    Within a block every position whose token is more probable than `threshold` is committed, and at least the scheduled
+    number (32 / steps per block, so one by default). edit_threshold: from the second look on, tokens of the block may be
+    replaced where the model prefers another one by more than this (LLaDA2.1's editing; its Speed mode is 0.5 / 0.0, Quality
+    0.7 / 0.5); the block is finished when nothing changes any more, at the latest after `extra_steps` looks without masks.
+
+    Finished blocks never change and do not look ahead, so their keys and values are kept: a step computes 32 positions
+    whatever stands before. That is exact because what is kept was computed from a block's final tokens. fill is what
+    follows the prompt in each row; blocks count from the start of the row, so rows of different lengths share the grid.
+    A row is done after the block in which it says its end token; the rest of it is filled with that.
+    """
+    end, width = int(valid.sum(1).max()), -(-int(valid.sum(1).max()) // BLOCK) * BLOCK
+    pad = (0, width - x.shape[1])
+    # The last block is decoded whole, as in training, also where less of it was asked for.
+    last = (-(-valid.sum(1) // BLOCK) * BLOCK)[:, None]  # [B, 1] end of each row's last block
+    given = F.pad(valid & ~fill, pad)
+    open_ = ~given & (torch.arange(width) < last) & (torch.arange(width) >= given.sum(1, keepdim=True))
+    x = torch.where(open_, backbone.mask_id, F.pad(x, pad))
+    fill, done, past = open_.clone(), ~fill.any(1), Past()
+    with memdlm.fast_weights(backbone, s, phi):
+        def look(start, stop, keep=False):
+            past.keep = keep
+            h = backbone.blocks(backbone.embed(x[:, start:stop]), None, 0, None, past)
+            past.length = stop if keep else past.length
+            return h
+
+        start = int(given.sum(1).min()) // BLOCK * BLOCK
+        if start:
+            look(0, start, keep=True)  # whole blocks of prompt, in one pass
+        for start in range(start, width, BLOCK):
+            here = slice(start, start + BLOCK)
+            live = ~done & fill[:, here].any(1)
+            for canvas in _denoise_block(backbone, x, open_, fill, here, live, look, seeds, threshold, edit_threshold,
+                                         steps or BLOCK, temperature, extra_steps):
+                yield canvas[:, :end]
+            ended = (x[:, here] == backbone.config.eos_id) & fill[:, here]
+            done |= ended.any(1) & live
+            if (done | ~fill[:, here.stop:].any(1)).all():
+                break
+            if here.stop < width:
+                look(start, here.stop, keep=True)  # once more, with the block's final tokens
+        rest = open_ & done[:, None]  # what a row did not need
+    if rest.any():
+        yield torch.where(rest, backbone.config.eos_id, x)[:, :end]
+
+
+def _denoise_block(backbone, x, open_, fill, here, live, look, seeds, threshold, edit_threshold, steps, temperature, extra_steps):
+    """The steps of one block; yields the canvas. x and open_ are changed in place: they are the caller's."""
+    quota, looks_without_mask = max(1, BLOCK // steps), torch.zeros(len(x), dtype=torch.long)
+    for step in range(BLOCK + extra_steps):
+        masks = open_[:, here] & live[:, None]
+        where = masks if edit_threshold is None else fill[:, here] & live[:, None]
+        if not where.any():
+            return
+        h = look(here.start, here.stop)[where]
+        noise = memdlm.gumbel_noise(backbone, seeds, f"{here.start} {step}", where) if temperature > 0 else None
+        tokens, p = memdlm.choose(backbone, h, temperature=temperature, noise=noise)
+        tokens, p = memdlm.scatter(tokens, where), memdlm.scatter(p, where)
+        best = memdlm.order(masks, -p)  # 0: the most probable open position of its row
+        commit = masks & ((p > threshold) | (best < quota))
+        change = commit
+        if edit_threshold is not None:
+            change = commit | (where & ~masks & (tokens != x[:, here]) & (p > edit_threshold))
+            looks_without_mask += ~masks.any(1)
+            # A row leaves when a look without masks changed nothing, or at its limit.
+            live &= masks.any(1) | (change.any(1) & (looks_without_mask < extra_steps))
+        x[:, here] = torch.where(change, tokens, x[:, here])
+        open_[:, here] &= ~commit
+        if change.any():
+            yield x.clone()
+
+
+# ---- 9. Memory, before anything is loaded --------------------------------------------------------------
+
+def plan(config, s, length):
+    """[(what, bytes)] of a training run on one GPU with settings s, at `length` tokens per sample.
+
+    The counts are exact; activations are summed tensor by tensor from what autograd keeps, and the last line is an allowance.
+    """
+    with torch.device("meta"):
+        network = build_network(config)
+    linears = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear)}
+    size = {"float32": 4, "bfloat16": 2, "auto": 2}
+    wide = size[s.dtype]
+    head = FAMILIES[config.family].head
+    small = {n: m for n, m in linears.items() if s.load_4bit and n != head and not n.endswith("mlp.gate")}
+    in_4bit, all_ = sum(m.weight.numel() for m in small.values()), sum(p.numel() for p in network.parameters())
+    weights = (all_ - in_4bit) * wide + in_4bit * (4 + 8 / 64 + 32 / (64 * 256)) / 8  # nf4: a byte per 64, a float per 64 * 256
+    targets = lora_targets(config, s.lora_scope, s.lora_router) if s.lora else []
+    lora = sum(s.lora_rank * (m.in_features + m.out_features) for n, m in linears.items() if n.rpartition(".")[2] in targets)
+    trained, grain = (lora, size[s.lora_dtype]) if s.lora else (all_, wide)
+    state = {"adamw": 2 * grain, "adamw8bit": 2 * (1 + 4 / 256), "paged_adamw8bit": 0}[s.optimizer] * trained
+    first, count = memdlm.first_layer(config.layers, s.layer_fraction), s.batch if s.per_sample else 1
+    fast = [m for n, m in Backbone(network, config).matrices(first, s.scope).items()] if s.memory else []
+    phi = sum(s.rank * (m.in_features + m.out_features) if s.adapter == "lora" else m.weight.numel() for m in fast) * 4 * count
+    rows = s.batch * length
+    one = rows * kept_per_token(config, s, wide)
+    above = config.layers - first
+    h = rows * config.width * wide
+    return [("weights" + (f", {in_4bit / 1e9:.3g} billion of them in 4-bit" if in_4bit else ""), weights),
+            (f"{'LoRA' if s.lora else 'trained weights (the same as above)'}, {trained / 1e6:.4g} million", lora * grain),
+            ("their gradients", trained * grain), (f"optimiser, {s.optimizer}", state),
+            ("phi, its gradient and its successor", 3 * phi),
+            (f"activations of the {above} layers with phi, {length} tokens x {s.batch}", above * one),
+            ("activations of the layers below" + (", each made again when its turn comes" if s.checkpointing else ""),
+             (first * h + one) if s.checkpointing else first * one),
+            ("a chunk of logits: in the model's precision, in float32, log-softmax and gradient", memdlm.LOGITS * (wide + 12)),
+            ("CUDA's own, and what fragments", 1.0 * 2**30)]
+
+
+def kept_per_token(config, s, wide):
+    """Bytes that autograd keeps of one token in one layer, as the code above computes it."""
+    D, q, kv = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    grain, p = {"float32": 4, "bfloat16": 2}[s.lora_dtype], s.lora_dropout > 0
+
+    def lora(width):  # of one adapted matrix: the input in LoRA's precision, what dropout made of it, and its mask
+        return (width * grain if grain != wide else 0) + (width * (grain + 1) if p else 0) + s.lora_rank * grain if s.lora else 0
+
+    norms = 2 * D * (4 + 2 * wide)  # the float32 copy, the normalised, the product
+    attention = wide * (3 * q + 3 * kv + 2 * q) + 4 * (q + kv) * wide + 3 * lora(D) + lora(q)
+    if not config.experts:
+        return norms + attention + wide * 5 * config.ffn + 2 * lora(D) + lora(config.ffn)
+    ffn = 0 if s.lora_scope == "attention" else 1
+    routed = wide * (D + 5 * config.expert_ffn + 2 * D) + ffn * (2 * lora(D) + lora(config.expert_ffn))
+    shared = (wide * 5 * config.shared + ffn * (2 * lora(D) + lora(config.shared))) if config.shared else 0
+    return norms + attention + config.top_k * routed + shared
+
+
+def plan_text(parts, room=None):
+    """The plan as lines, and what to change when it does not fit."""
+    total = sum(size for _, size in parts)
+    lines = [f"  {size / 2**30:7.2f} GiB  {what}" for what, size in parts] + [f"  {total / 2**30:7.2f} GiB  together"]
+    if room is not None and total > room:
+        lines.append(f"  that is more than the {room / 2**30:.1f} GiB of this GPU. What helps, in this order: --load-4bit, "
+                     "--checkpointing, --batch 1 with more --accumulate, --optimizer adamw8bit, --lora-dtype bfloat16, "
+                     "--optimizer paged_adamw8bit, --max-length 2048, --lora-scope attention, --lora-rank 16")
+    return "\n".join(["memory planned:", *lines])
