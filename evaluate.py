@@ -105,7 +105,7 @@ def run_values(folder, samples, changes):
     """Settings, data and {(row label, column): [samples]} of one run, with the label of each role."""
     s, data, model = open_run(folder)
     values, roles = {}, {}
-    chunks = -(-samples // CHUNK)  # of nearly equal size: a chunk of one would have no other prompt
+    chunks = -(-samples // (CHUNK if s.model == "toy" else 2))  # of nearly equal size: a chunk of one would have no other prompt
     edges = [samples * i // chunks for i in range(chunks + 1)]
     for row in tqdm(rows_for(s, changes), desc=f"measuring {folder}", unit="row", leave=False):
         if row.role:

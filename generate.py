@@ -5,6 +5,7 @@
     python generate.py --adapt --file notes.txt --show  play the denoising in the terminal
     python generate.py --adapt --chat                   one prompt after the other
     python generate.py --adapt --html out.html          both ways on one page, with a slider
+    python generate.py --model inclusionAI/LLaDA2.1-mini --load-4bit --adapt --mode quality --prompt "..." --prompt "..."
 
 --adapt runs the inner loop on the prompt first (section 4.5) and shows the answer without memory beside it.
 The settings are those the run was trained with; the flags of the inner loop change them.
@@ -21,11 +22,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 import memdlm
-from train import add_flags, latest_run, one_line, open_run, write_whole
+from train import Settings, add_flags, build, decoder, latest_run, one_line, open_run, write_whole
 
 INNER = ["trajectory", "inner_steps", "inner_lr", "inner_loss", "stage1_target", "pre_scale", "anchor_ratio", "clip",
-         "clip_norm", "layer_fraction", "scope", "closed_book"]
+         "clip_norm", "layer_fraction", "scope", "rank", "alpha", "closed_book"]
+LOADING = ["load_4bit", "dtype", "attention", "from_adapter", "threads"]
+# LLaDA2.x: certainty at which a token is committed, and at which one that stands is replaced.
+MODES = {"plain": (0.95, None), "speed": (0.5, 0.0), "quality": (0.7, 0.5)}
 
 
 class Answer(NamedTuple):
@@ -35,24 +41,32 @@ class Answer(NamedTuple):
     losses: list  # inner loss at each step of the inner loop, empty without memory
 
 
-def answer(s, data, model, sample, use_memory, options):
-    """Decode one sample. options: keywords of memdlm.denoise, and `seed`."""
+def answer(s, data, model, samples, use_memory, options):
+    """Decode samples together, each with its own phi -> [Answer]. options: keywords of the decoder, and `seed`."""
     from toy.data import collate
     options = dict(options)
     seed = options.pop("seed")
-    batch, phi, losses = collate([sample], [seed], s.closed_book), None, []
+    batch, phi, losses = collate(samples, [seed] * len(samples), s.closed_book), None, []
     if use_memory:
         phi, record = memdlm.adapt(model.backbone, s, batch.prompt, batch.prompt_valid, batch.seeds)
         losses = record["inner"].tolist()
         if record["skipped"]:
             print(f"warning: {int(record['skipped'])} inner steps were not finite and were left out", file=sys.stderr)
-    fill = batch.maskable[0].tolist()
-    canvases = [[data.tokenizer.mask_id if gap else token for token, gap in zip(batch.x0[0].tolist(), fill)]]
-    for x in memdlm.denoise(model.backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi, **options):
-        canvases.append(x[0].tolist())
+    canvases = [batch.x0.masked_fill(batch.maskable, data.tokenizer.mask_id)]
+    steps = decoder(model.backbone)(model.backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi, **options)
+    for x in tqdm(steps, desc="denoising", unit="step", leave=False, delay=1):
+        canvases.append(x)
+    label = "with memory of the prompt" if use_memory else "without memory"
+    return [one_answer(data, label, [c[row].tolist()[:len(v)] for c in canvases], v, losses)
+            for row, v in enumerate(m[:int(n)].tolist() for m, n in zip(batch.maskable, batch.valid.sum(1)))]
+
+
+def one_answer(data, label, canvases, fill, losses):
     frames = [frame(data.tokenizer, now, before, fill) for now, before in zip(canvases, canvases[:1] + canvases)]
-    text = data.tokenizer.decode(until_eos([t for t, gap in zip(canvases[-1], fill) if gap], data.tokenizer.eos_id))
-    return Answer("with memory of the prompt" if use_memory else "without memory", text, frames, losses)
+    ids = [t for t, gap in zip(canvases[-1], fill) if gap]
+    for stop in getattr(data.tokenizer, "stop_ids", [data.tokenizer.eos_id]):
+        ids = until_eos(ids, stop)
+    return Answer(label, data.tokenizer.decode(ids), frames, losses)
 
 
 def until_eos(ids, eos_id):
@@ -152,17 +166,39 @@ def write_page(path, prompt, answers, joiner, note):
 
 # ---- Command line --------------------------------------------------------------------------------------
 
-def respond(s, data, model, sample, arguments, truth=None):
-    """Decode, without memory and (with --adapt) with it, and print, play or write the result."""
+def decoding(arguments, model):
+    """The decoder's keywords from the flags. A flag that this model's decoder does not have is refused."""
+    both = dict(steps=arguments.steps, temperature=arguments.temperature, seed=arguments.seed)
+    if decoder(model.backbone) is memdlm.denoise:
+        wrong = [name for name in ("mode", "threshold", "edit_threshold") if getattr(arguments, name) is not None]
+        other = dict(block_length=arguments.block_length, cfg_scale=arguments.cfg_scale, remasking=arguments.remasking)
+    else:
+        wrong = [name for name, usual in (("block_length", None), ("cfg_scale", 0.0), ("remasking", "low_confidence"))
+                 if getattr(arguments, name) != usual]
+        threshold, edit = MODES[arguments.mode or "plain"]
+        other = dict(threshold=threshold if arguments.threshold is None else arguments.threshold,
+                     edit_threshold=edit if arguments.edit_threshold is None else arguments.edit_threshold)
+    if wrong:
+        raise ValueError(f"--{wrong[0].replace('_', '-')} is not for this model, whose decoder is "
+                         f"{decoder(model.backbone).__name__.replace('_', ' ')}")
+    return both | other
+
+
+def respond(s, data, model, samples, arguments, truth=None):
+    """Decode, without memory and (with --adapt) with it, and print, play or write the results."""
+    options = decoding(arguments, model)
+    both = [answer(s, data, model, samples, memory, options) for memory in ([False, True] if arguments.adapt else [False])]
+    for sample, *answers in zip(samples, *both):
+        show(s, data, sample, answers, arguments, truth)
+
+
+def show(s, data, sample, answers, arguments, truth):
     joiner = " " if data.words else ""
-    options = dict(steps=arguments.steps, block_length=arguments.block_length, temperature=arguments.temperature,
-                   cfg_scale=arguments.cfg_scale, remasking=arguments.remasking, seed=arguments.seed)
-    answers = [answer(s, data, model, sample, memory, options) for memory in ([False, True] if arguments.adapt else [False])]
     if arguments.show:
         play(answers, joiner, arguments.delay)
     book = " (the decoder does not see it)" if s.closed_book else ""
     prompt = data.tokenizer.decode(sample.prompt)
-    print(f"prompt{book}: {prompt}")
+    print(f"prompt{book}: {prompt if len(prompt) < 400 else prompt[:180] + ' [...] ' + prompt[-180:]}")
     if not all(sample.answer):
         shown = ["?" if gap else data.tokenizer.decode([token]) for token, gap in zip(sample.rest, sample.answer)]
         print(f"question: {joiner.join(piece for piece in shown if piece)}")
@@ -204,14 +240,14 @@ def chat(s, data, model, arguments):
         except ValueError as error:
             print(f"error: {error}")
             continue
-        respond(s, data, model, sample, arguments)
+        respond(s, data, model, [sample], arguments)
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="run folder [default the latest]")
     parser.add_argument("--adapt", action="store_true", help="write the prompt into fast weights first")
-    parser.add_argument("--prompt", help="the prompt")
+    parser.add_argument("--prompt", action="append", help="the prompt; give several to decode them as one batch")
     parser.add_argument("--question", default="", help="visible to the decoder after the prompt; ? is a gap")
     parser.add_argument("--file", type=Path, help="read the prompt from a file")
     parser.add_argument("--chat", action="store_true", help="read prompts from the keyboard")
@@ -226,6 +262,14 @@ def parse():
     parser.add_argument("--remasking", choices=["low_confidence", "random"], default="low_confidence",
                         help="where to commit first [default low_confidence]")
     parser.add_argument("--seed", type=int, default=0, help="decides masks, noise and the built-in example [default 0]")
+    block = parser.add_argument_group("LLaDA2.x", "decodes in blocks of 32; --steps is per block")
+    block.add_argument("--mode", choices=list(MODES), help="plain: threshold 0.95, as in the paper; speed and quality: LLaDA2.1 "
+                       "with token editing, 0.5 / 0.0 and 0.7 / 0.5 [default plain]")
+    block.add_argument("--threshold", type=float, help="commit what is more probable than this")
+    block.add_argument("--edit-threshold", type=float, help="replace a token where another is more probable than this")
+    full = parser.add_argument_group("full models without a run")
+    full.add_argument("--model", help="a hub id or a folder, in place of --run")
+    add_flags(full, LOADING)
     inner = parser.add_argument_group("inner loop", "[default: what the run was trained with]")
     add_flags(inner, INNER)
     return parser.parse_args()
@@ -240,20 +284,29 @@ def main():
         for name in ("steps", "block_length"):
             if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
-        s, data, model = open_run(arguments.run or latest_run())
-        s = replace(s, **{name: getattr(arguments, name) for name in INNER if hasattr(arguments, name)})
+        loading = {name: getattr(arguments, name) for name in LOADING if hasattr(arguments, name)}
+        inner = {name: getattr(arguments, name) for name in INNER if hasattr(arguments, name)}
+        if arguments.model:
+            s = Settings(model=arguments.model, lora=bool(loading.get("from_adapter")), **loading, **inner)
+            data, model = build(s, training=False)
+            model.eval()
+        else:
+            s, data, model = open_run(arguments.run or latest_run(), with_data=False, **loading)
+            s = replace(s, **inner)
         if arguments.chat:
             return chat(s, data, model, arguments)
-        text, truth = arguments.prompt, None
+        texts, truth = arguments.prompt, None
         if arguments.file:
-            text = arguments.file.read_text(encoding="utf-8")
-        if text is None:
+            texts = [arguments.file.read_text(encoding="utf-8")]
+        if texts is None and s.model != "toy":
+            raise ValueError("no prompt: give --prompt, --file or --chat")
+        if texts is None:
             column = list(data.columns)[len(data.columns) // 2]
-            sample = data.test(column, "example", arguments.seed)
-            truth = [t for t, gap in zip(sample.rest, sample.answer) if gap]
+            samples = [data.test(column, "example", arguments.seed)]
+            truth = [t for t, gap in zip(samples[0].rest, samples[0].answer) if gap]
         else:
-            sample = data.ask(text, arguments.question, arguments.length)
-        respond(s, data, model, sample, arguments, truth)
+            samples = [data.ask(text, arguments.question, arguments.length) for text in texts]
+        respond(s, data, model, samples, arguments, truth)
 
 
 if __name__ == "__main__":

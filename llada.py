@@ -21,8 +21,11 @@ published run did so (--attention full, the default; --attention block is what t
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
+import shutil
+import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +40,7 @@ import memdlm
 from toy.data import collate
 from toy.tasks import Sample
 
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns of an optional CPU kernel
 BLOCK = 32  # length of a block of LLaDA2.x, counted from the start of the sequence
 
 
@@ -90,7 +94,7 @@ def translate(raw, name="config.json"):
     def refuse_unless(fields):
         for key, allowed in fields.items():
             if raw.get(key) not in allowed:
-                raise ValueError(f"{name}: {key} is {raw[key]!r}, a variant that this code does not compute")
+                raise ValueError(f"{name}: {key} is {raw.get(key)!r}, a variant that this code does not compute")
 
     if not isinstance(raw, dict):
         raise ValueError(f"{name} is not a model's configuration")
@@ -455,7 +459,15 @@ class Backbone(nn.Module):
     @property
     def core(self):
         """The network inside PEFT's wrapper, if there is one."""
-        return self.network.get_base_model() if hasattr(self.network, "get_base_model") else self.network
+        return self.network.get_base_model() if self.has_lora else self.network
+
+    @property
+    def has_lora(self):
+        return hasattr(self.network, "peft_config")
+
+    @property
+    def decoder(self):
+        return block_diffusion if self.config.family == "llada2" else memdlm.denoise
 
     def part(self, name):
         return self.core.get_submodule(getattr(FAMILIES[self.config.family], name))
@@ -506,6 +518,30 @@ def find(model):
         return Path(model)
     return download(model, "model", wanted, "'toy', a folder with config.json and *.safetensors, or a hub id such as "
                     "inclusionAI/LLaDA-MoE-7B-A1B-Base")
+
+
+def config_of(model):
+    """The configuration of a model, before any of its weights are fetched."""
+    if model in PUBLISHED:
+        return translate(PUBLISHED[model])
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = download(model, "model", ["config.json"], "'toy', a folder with config.json and *.safetensors, or a hub id such "
+                          "as inclusionAI/LLaDA-MoE-7B-A1B-Base")
+    return translate(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def find_data(name):
+    """A .json or .jsonl file, or the hub's id of a data set that holds exactly one -> path."""
+    if Path(name).is_file():
+        return name
+    folder = download(name, "dataset", ["*.json", "*.jsonl"], "--data FILE.jsonl, with prompt and response (or instruction and "
+                      "output, or messages) in each line")
+    found = sorted(p for p in folder.rglob("*.json*") if p.name not in ("dataset_infos.json", "config.json"))
+    if len(found) != 1:
+        raise ValueError(f"data set {name} has {len(found)} JSON files ({', '.join(p.name for p in found[:5])}); download one "
+                         "and give it with --data FILE.json")
+    return str(found[0])
 
 
 def download(name, kind, wanted, instead):
@@ -592,7 +628,7 @@ def to_4bit(network, config, dtype):
         import bitsandbytes as bnb
     except ImportError:
         raise ValueError("--load-4bit needs bitsandbytes, which is not installed: pip install bitsandbytes") from None
-    kept = FAMILIES[config.family].head
+    kept, count = FAMILIES[config.family].head, 0
     for path, module in list(network.named_modules()):
         for name, child in list(module.named_children()):
             full = f"{path}.{name}".lstrip(".")
@@ -603,6 +639,9 @@ def to_4bit(network, config, dtype):
                 # a prompt would silently do nothing.
                 new.support_avx512bf16_for_cpu = False
                 setattr(module, name, new)
+                count += 1
+    if not count:
+        raise ValueError("--load-4bit found no linear layer to quantise")
 
 
 def fill(network, tensor, dtype, device):
@@ -651,7 +690,7 @@ def load(model, load_4bit=False, dtype="auto", device=None, attention="full", ch
         tensor.finish()
     network.is_loaded_in_4bit = load_4bit  # where PEFT looks
     name = model if isinstance(model, str) else FAMILIES[config.family].name
-    return Backbone(network.eval(), config, tokenizer, attention, checkpointing, name)
+    return Backbone(network, config, tokenizer, attention, checkpointing, name).eval()
 
 
 def special_ids(config, tokenizer):
@@ -677,8 +716,12 @@ def describe(backbone):
     whole = sum(m.in_features * m.out_features for m in is_4bit)
     total = sum(p.numel() for n, p in backbone.named_parameters() if "lora_" not in n) - packed + whole
     size = sum(p.numel() * p.element_size() for p in backbone.parameters())
-    return (f"{FAMILIES[backbone.config.family].name}, {total / 1e9:.3g} billion parameters, {len(is_4bit):,} layers in 4-bit, "
-            f"{adapted:,} with LoRA ({lora / 1e6:.4g} million parameters), {size / 2**30:.3g} GiB on {next(backbone.parameters()).device}")
+    return (f"{FAMILIES[backbone.config.family].name}: {many(total)} parameters, {len(is_4bit):,} layers in 4-bit, {adapted:,} with "
+            f"LoRA ({many(lora)} parameters), {size / 2**30:.3g} GiB on {next(backbone.parameters()).device}")
+
+
+def many(n):
+    return f"{n / 1e9:.3g} billion" if n >= 1e9 else f"{n / 1e6:.3g} million"
 
 
 # ---- 6. The outer LoRA, through PEFT -------------------------------------------------------------------
@@ -696,14 +739,15 @@ def add_lora(backbone, rank, alpha, dropout, scope="all", router=False, dtype="f
     """Wrap the network in PEFT's LoRA; only its weights are trainable then."""
     from peft import LoraConfig, get_peft_model
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", base_model_name_or_path=backbone.name,
-                        target_modules=targets or lora_targets(backbone.config, scope, router))
+                        target_modules=targets or lora_targets(backbone.config, scope, router),
+                        exclude_modules=FAMILIES[backbone.config.family].head)  # LLaDA-8B calls it ff_out too
+    backbone.network.name_or_path = backbone.name  # where PEFT looks
     with torch.random.fork_rng(devices=[]):  # PEFT draws A from the global generator
         torch.manual_seed(seed)
         backbone.network = get_peft_model(backbone.network, config)
     for name, p in backbone.network.named_parameters():
         if "lora_" in name:
             p.data = p.data.to(getattr(torch, dtype))
-    backbone.network.peft_config["default"].base_model_name_or_path = backbone.name
     return backbone
 
 
@@ -713,8 +757,12 @@ def lora_weights(backbone):
 
 
 def save_adapter(backbone, folder):
-    """adapter_config.json and adapter_model.safetensors, as plain PEFT writes and reads them."""
-    backbone.network.save_pretrained(folder, save_embedding_layers=False)
+    """adapter_config.json and adapter_model.safetensors, as plain PEFT writes and reads them. Whole or not at all."""
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    backbone.network.save_pretrained(aside, save_embedding_layers=False)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
 
 
 def read_adapter(folder, base):
@@ -975,7 +1023,7 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
 
 def _denoise_block(backbone, x, open_, fill, here, live, look, seeds, threshold, edit_threshold, steps, temperature, extra_steps):
     """The steps of one block; yields the canvas. x and open_ are changed in place: they are the caller's."""
-    quota, looks_without_mask = max(1, BLOCK // steps), torch.zeros(len(x), dtype=torch.long)
+    quota, live, looks_without_mask = max(1, BLOCK // steps), live.clone(), torch.zeros(len(x), dtype=torch.long)
     for step in range(BLOCK + extra_steps):
         masks = open_[:, here] & live[:, None]
         where = masks if edit_threshold is None else fill[:, here] & live[:, None]
@@ -1016,7 +1064,8 @@ def plan(config, s, length):
     in_4bit, all_ = sum(m.weight.numel() for m in small.values()), sum(p.numel() for p in network.parameters())
     weights = (all_ - in_4bit) * wide + in_4bit * (4 + 8 / 64 + 32 / (64 * 256)) / 8  # nf4: a byte per 64, a float per 64 * 256
     targets = lora_targets(config, s.lora_scope, s.lora_router) if s.lora else []
-    lora = sum(s.lora_rank * (m.in_features + m.out_features) for n, m in linears.items() if n.rpartition(".")[2] in targets)
+    lora = sum(s.lora_rank * (m.in_features + m.out_features) for n, m in linears.items()
+               if n.rpartition(".")[2] in targets and n != head)
     trained, grain = (lora, size[s.lora_dtype]) if s.lora else (all_, wide)
     state = {"adamw": 2 * grain, "adamw8bit": 2 * (1 + 4 / 256), "paged_adamw8bit": 0}[s.optimizer] * trained
     first, count = memdlm.first_layer(config.layers, s.layer_fraction), s.batch if s.per_sample else 1
@@ -1026,8 +1075,8 @@ def plan(config, s, length):
     one = rows * kept_per_token(config, s, wide)
     above = config.layers - first
     h = rows * config.width * wide
-    return [("weights" + (f", {in_4bit / 1e9:.3g} billion of them in 4-bit" if in_4bit else ""), weights),
-            (f"{'LoRA' if s.lora else 'trained weights (the same as above)'}, {trained / 1e6:.4g} million", lora * grain),
+    return [("weights" + (f", {many(in_4bit)} of {many(all_)} in 4-bit" if in_4bit else ""), weights),
+            (f"{'LoRA' if s.lora else 'trained weights (the same as above)'}, {many(trained)}", lora * grain),
             ("their gradients", trained * grain), (f"optimiser, {s.optimizer}", state),
             ("phi, its gradient and its successor", 3 * phi),
             (f"activations of the {above} layers with phi, {length} tokens x {s.batch}", above * one),
@@ -1037,22 +1086,28 @@ def plan(config, s, length):
             ("CUDA's own, and what fragments", 1.0 * 2**30)]
 
 
-def kept_per_token(config, s, wide):
-    """Bytes that autograd keeps of one token in one layer, as the code above computes it."""
+def kept_per_token(config, s, wide, mask=1):
+    """Bytes that autograd keeps of one token in one layer. wide: bytes of a number; mask: of one in dropout's mask."""
     D, q, kv = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    grain, p = {"float32": 4, "bfloat16": 2}[s.lora_dtype], s.lora_dropout > 0
+    grain = {"float32": 4, "bfloat16": 2}[s.lora_dtype]
 
-    def lora(width):  # of one adapted matrix: the input in LoRA's precision, what dropout made of it, and its mask
-        return (width * grain if grain != wide else 0) + (width * (grain + 1) if p else 0) + s.lora_rank * grain if s.lora else 0
+    def matrix(width, adapted=True):
+        # A frozen matrix keeps nothing of its input; a LoRA keeps what dropout left of it, in its own precision, and the mask.
+        if not s.lora:
+            return width * wide
+        return 0 if not adapted else width * (grain + mask) if s.lora_dropout else width * grain
 
-    norms = 2 * D * (4 + 2 * wide)  # the float32 copy, the normalised, the product
-    attention = wide * (3 * q + 3 * kv + 2 * q) + 4 * (q + kv) * wide + 3 * lora(D) + lora(q)
+    def feed_forward(inner):  # inside silu(gate) * up: its two factors and what silu was applied to
+        everywhere = s.lora_scope == "all"
+        return 3 * inner * wide + 2 * matrix(D, everywhere) + matrix(inner, everywhere)
+
+    norms = 2 * D * 4 + (0 if config.family == "llada" else (q + kv) * 4)  # their inputs, in float32
+    attention = 4 * q * wide  # queries, keys and values of every head, and the output
+    attention += matrix(q) + matrix(D) * (1 if config.family == "llada2" else 3)
     if not config.experts:
-        return norms + attention + wide * 5 * config.ffn + 2 * lora(D) + lora(config.ffn)
-    ffn = 0 if s.lora_scope == "attention" else 1
-    routed = wide * (D + 5 * config.expert_ffn + 2 * D) + ffn * (2 * lora(D) + lora(config.expert_ffn))
-    shared = (wide * 5 * config.shared + ffn * (2 * lora(D) + lora(config.shared))) if config.shared else 0
-    return norms + attention + config.top_k * routed + shared
+        return norms + attention + feed_forward(config.ffn)
+    routed = config.top_k * (feed_forward(config.expert_ffn) + D * wide)
+    return norms + attention + routed + (feed_forward(config.shared) if config.shared else 0)
 
 
 def plan_text(parts, room=None):
@@ -1064,3 +1119,57 @@ def plan_text(parts, room=None):
                      "--checkpointing, --batch 1 with more --accumulate, --optimizer adamw8bit, --lora-dtype bfloat16, "
                      "--optimizer paged_adamw8bit, --max-length 2048, --lora-scope attention, --lora-rank 16")
     return "\n".join(["memory planned:", *lines])
+
+
+# ---- 10. A tiny checkpoint, to try the whole path on a CPU ----------------------------------------------
+
+TINY = {  # changes to PUBLISHED; widths are multiples of 64, the block in which bitsandbytes quantises
+    "llada-8b": dict(d_model=64, n_layers=4, n_heads=4, n_kv_heads=4, mlp_hidden_size=128, vocab_size=320, embedding_size=320),
+    "llada-moe": dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, num_experts=8,
+                      num_experts_per_tok=2, expert_intermediate_size=64, vocab_size=320),
+    "llada2.1-mini": dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                          num_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, intermediate_size=128,
+                          moe_intermediate_size=64, vocab_size=320),
+}
+TEMPLATE = ("{% for m in messages %}{{ '<role>' + {'system': 'SYSTEM', 'user': 'HUMAN', 'assistant': 'ASSISTANT'}[m['role']] "
+            "+ '</role>' + m['content'] + '<|role_end|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<role>ASSISTANT</role>' }}{% endif %}")
+
+
+def write_tiny(name, folder, seed=0, shards=2):
+    """A random model of a few hundred thousand weights in the hub's layout: config, sharded safetensors, tokenizer of bytes."""
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer as Fast, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<|mask|>", "<|role_end|>", "<role>", "</role>"]
+    tokenizer = Fast(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[0], mask_token=special[1],
+                                   additional_special_tokens=special[2:])
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    ids = fast.get_added_vocab()
+    raw = PUBLISHED[name] | TINY[name] | {"mask_token_id": ids["<|mask|>"], "eos_token_id": ids["<|endoftext|>"]}
+    raw |= {"pad_token_id": raw["eos_token_id"], "dtype": "float32"}
+    backbone = load(raw, random=True, dtype="float32", device="cpu", seed=seed)
+    weights = {k: v.contiguous() for k, v in backbone.network.state_dict().items()}
+    names, where = sorted(weights), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = names[i::shards]
+        save_file({k: weights[k] for k in part}, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    size = sum(w.numel() * w.element_size() for w in weights.values())
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (folder / "config.json").write_text(json.dumps(raw, indent=1))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in TINY:
+        sys.exit(f"usage: python llada.py {{{','.join(TINY)}}} FOLDER   writes a tiny random model in the hub's layout")
+    write_tiny(sys.argv[1], sys.argv[2])
+    print(f"{sys.argv[2]}: a tiny {sys.argv[1]}; try: python train.py --model {sys.argv[2]} --data my.jsonl --load-4bit")

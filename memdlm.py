@@ -464,8 +464,8 @@ class MemDLM(nn.Module):
     def forward(self, batch, report=False):
         """One step of the paper's algorithm. Returns the outer loss and a record of numbers (detached).
 
-        The record: loss and ce (mean nats per masked token) as trained, that is with memory if there is one;
-        inner and skipped of the inner loop; with report=True also loss_without and ce_without, the same masks
+        The record: loss and ce (mean nats per masked token) as trained, that is with memory if there is one; masked, the
+        number of masked tokens; inner and skipped of the inner loop; with report=True also loss_without and ce_without, the same masks
         seen by theta alone. Differs: the published code reports only the loss with memory, in training and in
         evaluation, but phi has seen the answers at these very positions: it cannot be compared with the
         baseline's. loss_without can.
@@ -477,7 +477,7 @@ class MemDLM(nn.Module):
         step = self.memdlm_step if self.s.memory else self.mdlm_step
         nll, record, h = step(batch, t, xt, masked)
         loss = mdlm_loss(nll, t, batch.maskable)
-        record |= {"loss": loss.detach(), "ce": nll.detach().sum() / masked.sum().clamp(min=1)}
+        record |= {"loss": loss.detach(), "ce": nll.detach().sum() / masked.sum().clamp(min=1), "masked": masked.sum()}
         if report and self.s.memory:
             with torch.no_grad():
                 nll = token_nll(self.backbone, above(self.backbone, self.s, h, batch.valid, None), batch.x0, masked)

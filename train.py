@@ -5,9 +5,12 @@
     python train.py --model toy --data python       real text (the source of Python's own library)
     python train.py --model toy --data my.jsonl     your own {"prompt": ..., "response": ...} lines
     python train.py --model toy --no-memory         the baseline: same data, same masks, no inner loop
+    python train.py --model inclusionAI/LLaDA-MoE-7B-A1B-Base --load-4bit          a full model, on one GPU
+    accelerate launch train.py --model ...          the same on several
     python train.py --resume                        go on where the latest run stopped, exactly
 
-Every run leaves a folder: settings.json, model.safetensors (weights and optimiser), metrics.jsonl, loss.png.
+Every run leaves a folder: settings.json, model.safetensors (what was trained, and the optimiser), metrics.jsonl, loss.png,
+and for a full model adapter/, the LoRA in PEFT's format.
 """
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from tqdm import tqdm
@@ -34,10 +38,13 @@ from memdlm import MemDLM, setting
 
 @dataclass
 class Settings(memdlm.Settings):
-    model: str = setting("toy", "'toy', the tiny model of toy/model.py")
-    data: str = setting("dictionary", "dictionary, languages, retrieval, python, pydoc, or a .jsonl / .json file")
+    model: str = setting("toy", "'toy', the tiny model of toy/model.py; or a full model: a hub id or a folder")
+    data: str = setting("dictionary", "dictionary, languages, retrieval, python, pydoc (toy), a .jsonl / .json file, or a "
+                        "hub id (full models)")
     steps: int = setting(500, "outer steps")
-    batch: int = setting(32, "samples per step")
+    epochs: float = setting(0.0, "passes over the data, in place of --steps")
+    batch: int = setting(32, "samples per micro-batch, on each process")
+    accumulate: int = setting(1, "micro-batches per step, on each process")
     lr: float = setting(2e-5, "beta, peak learning rate of the outer AdamW; cosine after a warm-up")
     warmup: float = setting(0.1, "share of the steps with rising learning rate")
     weight_decay: float = setting(0.0, "of the outer AdamW")
@@ -55,14 +62,41 @@ class Settings(memdlm.Settings):
     sample_every: int = setting(100, "steps between printed samples, 0 for none")
     table_samples: int = setting(100, "held-out samples per cell of the table at the end, 0 for no table")
     threads: int = setting(0, "CPU threads, 0 for PyTorch's choice")
+    eval_every: int = setting(0, "steps between evaluations on held-out samples, 0 for none")
+    eval_samples: int = setting(32, "held-out samples in an evaluation")
+    load_4bit: bool = setting(False, "quantise the layers of the blocks to 4 bits (nf4, double quantisation)")
+    dtype: str = setting("auto", "precision of the weights that are not quantised, and of the computation: auto is bfloat16 on "
+                         "a GPU, on a CPU the file's", ["auto", "bfloat16", "float32"])
+    attention: str = setting("full", "LLaDA2.x in training and adaptation: full, as in the published run, or block, the "
+                             "block-causal mask it decodes with", ["full", "block"])
+    lora: bool = setting(True, "train a LoRA (through PEFT) on frozen weights; --no-lora trains all weights")
+    lora_rank: int = setting(32, "rank of the outer LoRA")
+    lora_alpha: float = setting(64.0, "its product is scaled by alpha / rank")
+    lora_dropout: float = setting(0.05, "dropout on its input")
+    lora_scope: str = setting("all", "attention and all experts, or attention alone", ["all", "attention"])
+    lora_router: bool = setting(False, "also on the router of LLaDA-MoE, as the published run had it")
+    lora_dtype: str = setting("float32", "precision in which the LoRA is kept", ["float32", "bfloat16"])
+    from_adapter: str = setting("", "start from this LoRA: a folder or hub id in PEFT's format")
+    optimizer: str = setting("adamw", "AdamW, or bitsandbytes' with 8-bit moments, which may live in the host's memory (paged)",
+                             ["adamw", "adamw8bit", "paged_adamw8bit"])
+    checkpointing: bool = setting(True, "recompute the activations below the fast weights instead of keeping them")
+    max_length: int = setting(4096, "longest sample in tokens, template included; longer ones are left out")
+    truncate: bool = setting(False, "cut the response of longer samples instead, as the published script does")
+    split_seed: int = setting(42, "which 5 % of the data are held out")
+    eos_loss: bool = setting(False, "padding is end tokens that are noised and predicted too, as in the published code")
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("steps", "batch", "prompt_length", "response_length", "log_every", "save_every"):
+        for name in ("steps", "batch", "prompt_length", "response_length", "log_every", "save_every", "accumulate",
+                     "lora_rank", "max_length", "eval_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.model != "toy":
-            raise ValueError(f"unknown model {self.model!r}; this version trains 'toy'")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}; it must lie between 0 and 1")
+        if self.model == "toy" and (self.load_4bit or self.from_adapter):
+            raise ValueError("--load-4bit and --from-adapter are for full models; the toy trains all of its weights")
+        if self.model != "toy" and self.load_4bit and not self.lora:
+            raise ValueError("4-bit weights cannot be trained themselves: leave out --no-lora or --load-4bit")
         if self.closed_book and self.data in ("languages", "python", "pydoc"):
             raise ValueError(f"--closed-book leaves no question in {self.data}; use it with --data dictionary")
 
@@ -79,6 +113,8 @@ RECIPES = {
 # ... and by what phi is written from. A phi shared by a batch of 32 writes 1/32 as much into each sample, so each has
 # its own here. Written from the response, phi holds the answers of the outer loss; trained from scratch at the
 # paper's eta of 0.1 theta comes to rely on it and is lost without. 0.003 is the strength at which it is not.
+FULL = dict(data="Yukang/LongAlpaca-12k", epochs=5.0, batch=1, accumulate=32, control=False, table_samples=0, log_every=1,
+            save_every=25, sample_every=50, eval_every=50)  # full models: the paper's settings, in the memory of one GPU
 WRITTEN_FROM = {
     "response": dict(per_sample=True, inner_lr=0.003),
     "prompt": dict(per_sample=True, inner_lr=0.3, trajectory="cover:4"),
@@ -87,6 +123,8 @@ WRITTEN_FROM = {
 
 def recipe(given):
     """Settings from the flags given on the command line: flag, else recipe, else default."""
+    if given.get("model", "toy") != "toy":
+        return Settings(**{**FULL, **({"epochs": 0.0} if "steps" in given else {}), **given})
     data = given.get("data", Settings.data)
     values = {**RECIPES.get(data, RECIPES["file"]), **given}
     written_from = values.setdefault("memory_from", Settings.memory_from)
@@ -104,17 +142,21 @@ def control(s):
 
 def add_flags(parser, names=None):
     """One flag per setting. Flags that are not given stay absent, so that recipes and saved runs can speak."""
+    only_full = list(Settings.__dataclass_fields__)
+    only_full = only_full[only_full.index("eval_every"):]
+    full = parser if names else parser.add_argument_group("full models")
     for f in fields(Settings):
         if names is not None and f.name not in names:
             continue
-        recipes = {f"toy {kind}": r for kind, r in RECIPES.items()} | {f"toy, from {x}": r for x, r in WRITTEN_FROM.items()}
+        recipes = {"full models": FULL} | {f"toy {kind}": r for kind, r in RECIPES.items()} | {f"toy, from {x}": r for x, r in WRITTEN_FROM.items()}
         special = [f"{kind} {values[f.name]}" for kind, values in recipes.items() if f.name in values]
         text = f"{f.metadata['help']} [{'; '.join([f'default {f.default}', *special])}]".replace("%", "%%")
         choices = f.metadata["choices"]
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type == "bool" else
                 dict(type={"int": int, "float": float, "str": str}[f.type], choices=choices,
                      metavar=None if choices else f.name.upper()))
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
+        place = full if f.name in only_full else parser
+        place.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
 
 
 def refuse(message):
@@ -147,14 +189,23 @@ def write_whole(path, write):
         raise
 
 
+def trained(model):
+    """{name: parameter} of what is trained: all of the toy, the LoRA of a full model."""
+    return {name: p for name, p in model.backbone.named_parameters() if p.requires_grad}
+
+
 def save(folder, model, optimizer, step):
     """Weights, AdamW's moments and the step in one safetensors file: one rename, so they always belong together."""
     from safetensors.torch import save_file
-    tensors = {f"model.{name}": p.detach() for name, p in model.backbone.named_parameters()}
-    for name, p in model.backbone.named_parameters():
-        tensors |= {f"adamw.{key}.{name}": value for key, value in optimizer.state.get(p, {}).items()}
+    tensors = {f"model.{name}": p.detach() for name, p in trained(model).items()}
+    for name, p in trained(model).items():
+        tensors |= {f"adamw.{key}.{name}": torch.as_tensor(value) for key, value in optimizer.state.get(p, {}).items()
+                    if not key.startswith("qmap")}  # the 8-bit optimisers' table of levels, the same for all
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, {"step": str(step)}))
+    if getattr(model.backbone, "has_lora", False):
+        import llada
+        llada.save_adapter(model.backbone, folder / "adapter")
 
 
 def load(folder, model, optimizer=None):
@@ -168,16 +219,26 @@ def load(folder, model, optimizer=None):
             tensors, step = {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["step"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint of this program: {error}") from None
-    named = dict(model.backbone.named_parameters())
+    named = trained(model)
     for name, p in named.items():
         saved = tensors.get(f"model.{name}")
         if saved is None or saved.shape != p.shape:
             raise ValueError(f"{path} belongs to another model: {name} should be {list(p.shape)}, "
                              f"is {'missing' if saved is None else list(saved.shape)}")
         p.data.copy_(saved)
-    for name, p in named.items() if optimizer else ():
-        optimizer.state[p] = {key: tensors[f"adamw.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    for number, (name, p) in enumerate(named.items() if optimizer else ()):
+        saved = {key: tensors[f"adamw.{key}.{name}"] for key in ADAMW if f"adamw.{key}.{name}" in tensors}
+        if saved and hasattr(optimizer, "init_state"):  # bitsandbytes: makes its buffers itself
+            optimizer.init_state(optimizer.param_groups[0], p, 0, number)
+            for key, value in saved.items():
+                held = optimizer.state[p][key]
+                optimizer.state[p][key] = held.copy_(value) if torch.is_tensor(held) else int(value)
+        elif saved:  # the step count stays on the CPU, where AdamW keeps it
+            optimizer.state[p] = {key: value if key == "step" else value.to(p.device) for key, value in saved.items()}
     return step
+
+
+ADAMW = ("step", "exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")  # torch's names, and bitsandbytes'
 
 
 def read_settings(folder):
@@ -200,32 +261,66 @@ def latest_run(root="runs"):
     return found[-1].parent
 
 
-def build(s):
-    """Settings -> data, MemDLM with initial weights from the seed."""
-    from toy.data import ToyData
-    from toy.model import ToyConfig, ToyDLM
+def build(s, training=True, device=None):
+    """Settings -> data, MemDLM with initial weights from the seed. Without `training` a full model reads no data file."""
     if s.threads:
         torch.set_num_threads(s.threads)
+    if s.model != "toy":
+        return build_full(s, training, device)
+    from toy.data import ToyData
+    from toy.model import ToyConfig, ToyDLM
     data = ToyData(s.data, s.prompt_length, s.response_length, s.skip_bad)
     config = ToyConfig(data.tokenizer.vocab_size, data.tokenizer.mask_id, s.width, s.layers, s.heads)
     return data, MemDLM(ToyDLM(config, s.seed), s)
 
 
-def open_run(folder, **changes):
+def build_full(s, training, device):
+    """A full model: its data first, so that a mistake in a file costs no minutes, then the plan, then the weights."""
+    import llada
+    from toy.text import read_records
+    config, records = llada.config_of(s.model), ([], 0)
+    if training:
+        path = llada.find_data(s.data)
+        records = read_records(path, llada.messages, s.skip_bad)
+        room = torch.cuda.get_device_properties(device or 0).total_memory if torch.cuda.is_available() else None
+        print(llada.plan_text(llada.plan(config, s, s.max_length), room), flush=True)
+    backbone = llada.load(s.model, s.load_4bit, s.dtype, device, s.attention, s.checkpointing)
+    if s.from_adapter:
+        llada.load_adapter(backbone, s.from_adapter, s.lora_dropout, s.lora_dtype)
+    elif s.lora:
+        llada.add_lora(backbone, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_scope, s.lora_router, s.lora_dtype, s.seed)
+    elif training:
+        backbone.requires_grad_(True)
+    print(llada.describe(backbone), flush=True)
+    data = llada.ChatData(backbone, records[0], s.max_length, s.truncate, s.split_seed, s.data, records[1])
+    return data, MemDLM(backbone, s)
+
+
+def open_run(folder, with_data=True, **changes):
     """A trained run: settings (with changes), data, model in eval mode."""
     s = replace(read_settings(folder), **changes)
-    data, model = build(s)
+    data, model = build(s, training=with_data)
     load(folder, model)
     return s, data, model.eval()
 
 
 # ---- The loop ------------------------------------------------------------------------------------------
 
-def make_batch(s, data, step):
-    """The batch of a step follows from seed and step alone, so resuming needs no saved random state."""
+def make_batch(s, data, step, part=0, parts=1):
+    """Micro-batch `part` of the `parts` of a step. It follows from seed and step alone, so resuming needs no saved random
+    state, and N processes see what one process with N times the accumulation would."""
     from toy.data import collate
-    names = [f"{s.seed} {step} {i}" for i in range(s.batch)]
-    return collate([data.train(random.Random(f"data {name}"), step / s.steps) for name in names], names, s.closed_book)
+    numbers = range((step * parts + part) * s.batch, (step * parts + part + 1) * s.batch)
+    names = [f"{s.seed} {step} {number - step * parts * s.batch}" for number in numbers]
+    samples = [data.train(random.Random(f"data {name}"), step / s.steps, number) for name, number in zip(names, numbers)]
+    batch = collate(samples, names, s.closed_book)
+    if s.eos_loss:
+        # Differs from our default: in the published run, padding is end tokens with labels, masked and predicted like the
+        # response and visible to it. Then a sample's loss depends on what it is batched with.
+        pad = ~batch.valid
+        batch = replace(batch, x0=batch.x0.masked_fill(pad, data.tokenizer.eos_id), maskable=batch.maskable | pad,
+                        valid=batch.valid | pad)
+    return batch
 
 
 def learning_rate(s, step):
@@ -240,11 +335,15 @@ def example(s, data, model, step):
     """A held-out sample, denoised: the question with gaps, the model's answer, the truth."""
     columns = list(data.columns)
     batch = data.tests(columns[step % len(columns)], [step], s.closed_book, name="sample")
+    if s.model != "toy":  # the first words of the reply
+        first = batch.maskable & (batch.maskable.cumsum(1) <= 32)
+        end = int(first[0].nonzero().max()) + 1
+        batch = replace(batch, x0=batch.x0[:, :end], maskable=first[:, :end], valid=batch.valid[:, :end])
     phi = None
     if s.memory and s.memory_from == "prompt":
         phi, _ = memdlm.adapt(model.backbone, s, batch.prompt, batch.prompt_valid, batch.seeds)
     canvas = batch.x0
-    for canvas in memdlm.denoise(model.backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi):
+    for canvas in decoder(model.backbone)(model.backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi):
         pass
     show, answer = data.tokenizer.decode, batch.maskable[0]
     right = int((canvas[0] == batch.x0[0])[answer].sum())
@@ -254,6 +353,11 @@ def example(s, data, model, step):
     rest = show(canvas[0][seen:].tolist())
     return (f"  sample at step {step}: {prompt!r} -> {rest!r}, {right} of {int(answer.sum())} right; "
             f"truth {show(batch.x0[0][answer].tolist())!r}")
+
+
+def decoder(backbone):
+    """Block diffusion for LLaDA2.x, low-confidence remasking for the others."""
+    return getattr(backbone, "decoder", memdlm.denoise)
 
 
 class Stop:
@@ -271,63 +375,170 @@ class Stop:
 
 def open_metrics(folder, step):
     """metrics.jsonl for appending, without the lines that a resumed run will write again."""
-    path = folder / "metrics.jsonl"
-    if path.exists():
+    path = folder / "metrics.jsonl" if folder else Path(os.devnull)
+    if folder and path.exists():
         kept = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
         kept = [line for line in kept if json.loads(line)["step"] < step]
         write_whole(path, lambda aside: aside.write_text("".join(kept)))
     return open(path, "a", buffering=1)
 
 
-def train(s, folder, resume, stop):
+def make_optimizer(s, parameters):
+    if s.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ValueError(f"--optimizer {s.optimizer} needs bitsandbytes, which is not installed: pip install bitsandbytes") from None
+    kind = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}[s.optimizer]
+    return getattr(bitsandbytes.optim, kind)(parameters, lr=s.lr, weight_decay=s.weight_decay)
+
+
+class Processes:
+    """One process, or those that `accelerate launch` started: each works on its share of every step."""
+
+    def __init__(self):
+        self.accelerator, self.rank, self.count, self.device = None, 0, 1, None
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from accelerate import Accelerator
+            from accelerate.utils import DistributedDataParallelKwargs
+            # Experts that no token chose have no gradient: DDP has to be told that this can happen.
+            unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+            self.accelerator = Accelerator(kwargs_handlers=[unused])
+            self.rank, self.count = self.accelerator.process_index, self.accelerator.num_processes
+            self.device = self.accelerator.device
+
+    def wrap(self, model):
+        return self.accelerator.prepare(model) if self.accelerator else model
+
+    def total(self, value):
+        """The sum over processes of a number or tensor."""
+        return self.accelerator.reduce(torch.as_tensor(value, device=self.device), "sum") if self.accelerator else value
+
+    def quiet_between(self, model, last):
+        """Gradients are exchanged once per step, at its last micro-batch."""
+        return contextlib.nullcontext() if last or not self.accelerator else self.accelerator.no_sync(model)
+
+
+def outer_step(s, model, batches, report, processes):
+    """Gradients of one step, summed over micro-batches and processes. Returns the record of numbers.
+
+    Each micro-batch's loss is a mean over its own maskable tokens; weighted by its share of all of them, the sum is the loss
+    of one large batch (Eq. 2's mean is over tokens), however it is cut.
+    """
+    counts = [int(batch.maskable.sum()) for batch in batches]
+    all_tokens = max(1, int(processes.total(sum(counts))))
+    sums = {}
+    for i, (batch, count) in enumerate(zip(batches, counts)):
+        with processes.quiet_between(model, i == len(batches) - 1):
+            loss, record = model(batch, report)
+            (loss * (count * processes.count / all_tokens)).backward()  # DDP takes the mean over processes
+        masked = record.pop("masked")
+        for name, value in record.items():
+            # A loss is a mean over maskable tokens, a ce one over masked tokens, `inner` one over samples; skipped is a count.
+            weight = {"l": count, "c": masked, "i": len(batch.x0), "s": 1}[name[0]]
+            total, weights = sums.get(name, (0, 0))
+            sums[name] = total + weight * value, weights + weight
+    totals = {name: (processes.total(value), processes.total(weights)) for name, (value, weights) in sums.items()}
+    return {name: value if name == "skipped" else value / max(1, int(weights)) for name, (value, weights) in totals.items()}
+
+
+@torch.no_grad()
+def held_out(s, data, model):
+    """Cross-entropy per masked token of held-out samples, with memory and without, under the same masks every time."""
+    model.eval()
+    column, sums = next(iter(data.columns)), {}
+    for start in range(0, s.eval_samples, s.batch):
+        numbers = range(start, min(start + s.batch, s.eval_samples))
+        _, record = model(data.tests(column, numbers, s.closed_book, name="held out"), True)
+        for name in ("masked", "ce", "ce_without"):
+            if name in record:
+                sums[name] = sums.get(name, 0) + float(record[name]) * (1 if name == "masked" else int(record["masked"]))
+    return {f"held_out_{name}": sums[name] / max(1, sums["masked"]) for name in ("ce", "ce_without") if name in sums}
+
+
+def train(s, folder, resume, stop, processes):
     """Train one model into its folder. Returns the seconds it took."""
     with one_line():
-        data, model = build(s)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+        data, model = build(s, device=processes.device)
+        if s.epochs:
+            if not hasattr(data, "pairs"):
+                raise ValueError(f"--epochs needs a data set with an end; {s.data} has none, use --steps")
+            per_step = s.batch * s.accumulate * processes.count
+            s = replace(s, steps=max(1, math.ceil(s.epochs * len(data.pairs["train"]) / per_step)))
+            model.s = s
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = make_optimizer(s, parameters)
         start = load(folder, model, optimizer) if resume and (folder / "model.safetensors").exists() else 0
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "settings.json", lambda path: path.write_text(json.dumps(asdict(s), indent=2) + "\n"))
-    if data.note:
-        print(data.note)
-    parameters = sum(p.numel() for p in model.parameters())
-    kind = f"memory written from the {s.memory_from}" if s.memory else "no memory"
-    print(f"{folder}: {parameters:,} weights, {kind}, {'closed' if s.closed_book else 'open'} book, {s.steps} steps")
+        if processes.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "settings.json", lambda path: path.write_text(json.dumps(asdict(s), indent=2) + "\n"))
+    main = processes.rank == 0
+    if main:
+        announce(s, folder, data, parameters, processes)
+    wrapped, parts = processes.wrap(model), s.accumulate * processes.count
     began = time.perf_counter()
-    with open_metrics(folder, start) as metrics, tqdm(total=s.steps, initial=start, unit="step") as bar:
+    with open_metrics(folder if main else None, start) as metrics, \
+            tqdm(total=s.steps, initial=start, unit="step", disable=not main) as bar:
         for step in range(start, s.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(s, step)
             report = step % s.log_every == 0 or step == s.steps - 1
-            model.train()
-            loss, record = model(make_batch(s, data, step), report)
+            wrapped.train()
+            # Dropout is the one thing that draws from the global generator; seeded here, a resumed run draws the same.
+            torch.manual_seed(crc32(f"{s.seed} {step} {processes.rank}".encode()))
+            mine = range(processes.rank * s.accumulate, (processes.rank + 1) * s.accumulate)
+            batches = [make_batch(s, data, step, part, parts) for part in mine]
             optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip, error_if_nonfinite=False)
+            record = outer_step(s, wrapped, batches, report, processes)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip, error_if_nonfinite=False)
             if not norm.isfinite():
-                refuse(f"step {step}: loss {loss.item()} and gradient norm {norm.item()} are not finite; "
+                refuse(f"step {step}: loss {float(record['loss'])} and gradient norm {norm.item()} are not finite; "
                        f"the checkpoint in {folder} is from before. Try a smaller --lr or --inner-lr")
             optimizer.step()
             bar.update()
-            if report:
+            if report and main:
                 log(record, step, learning_rate(s, step), norm, time.perf_counter() - began, metrics, bar)
-            if s.sample_every and step % s.sample_every == s.sample_every - 1:
-                model.eval()
-                bar.write(example(s, data, model, step + 1))
-            if (step + 1) % s.save_every == 0 or step == s.steps - 1 or stop.signal:
+            if main:
+                look(s, data, model, step, metrics, bar)
+            stopping = bool(processes.total(int(stop.signal is not None)))
+            if main and ((step + 1) % s.save_every == 0 or step == s.steps - 1 or stopping):
                 with one_line():
                     save(folder, model, optimizer, step + 1)
-            if stop.signal and step < s.steps - 1:
+            if stopping and step < s.steps - 1:
                 bar.close()
                 whole = folder.parent if folder.name == "control" else folder
-                print(f"stopped after step {step + 1} and saved; go on with: python train.py --resume {whole}")
-                sys.exit(128 + stop.signal)
-    picture(folder)
+                if main:
+                    print(f"stopped after step {step + 1} and saved; go on with: python train.py --resume {whole}")
+                sys.exit(128 + (stop.signal or signal.SIGTERM))
+    if main:
+        picture(folder)
     return time.perf_counter() - began
+
+
+def announce(s, folder, data, parameters, processes):
+    if data.note:
+        print(data.note)
+    kind = f"memory written from the {s.memory_from}" if s.memory else "no memory"
+    share = f", {processes.count} processes" if processes.count > 1 else ""
+    print(f"{folder}: {sum(p.numel() for p in parameters):,} trained weights, {kind}, {'closed' if s.closed_book else 'open'} "
+          f"book, {s.steps} steps of {s.batch * s.accumulate * processes.count} samples{share}", flush=True)
+
+
+def look(s, data, model, step, metrics, bar):
+    """Now and then: a sample, and the held-out loss."""
+    model.eval()
+    if s.sample_every and step % s.sample_every == s.sample_every - 1:
+        bar.write(example(s, data, model, step + 1))
+    if s.eval_every and (step % s.eval_every == s.eval_every - 1 or step == s.steps - 1):
+        values = held_out(s, data, model)
+        metrics.write(json.dumps({"step": step, **values}) + "\n")
+        bar.write(f"  held out after step {step + 1}: " + ", ".join(f"{name[9:]} {x:.3f}" for name, x in values.items()))
 
 
 def log(record, step, lr, norm, seconds, metrics, bar):
     """One line of metrics.jsonl, and the same numbers on the bar."""
-    values = {name: value.tolist() for name, value in record.items()}
+    values = {name: torch.as_tensor(value).tolist() for name, value in record.items()}
     shown = {"ce with memory" if "inner" in values else "ce": f"{values['ce']:.3f}"}
     if "inner" in values:
         shown |= {"without": f"{values['ce_without']:.3f}", "inner": ">".join(f"{x:.2f}" for x in values["inner"])}
@@ -361,8 +572,11 @@ def picture(folder):
         label = "with memory of the prompt"
     for key, text, color in (("ce", label, "#0072B2"), ("ce_without", "without memory (theta alone)", "#D55E00")):
         points = [(line["step"], line[key]) for line in lines if key in line]
+        held = [(line["step"], line["held_out_" + key]) for line in lines if "held_out_" + key in line]
         if points:
-            axes.plot(*zip(*points), color=color, linewidth=1.2, label=text)
+            axes.plot(*zip(*points), color=color, linewidth=1.2, label=text, alpha=0.4 if held else 1)
+        if held:
+            axes.plot(*zip(*held), "o-", color=color, linewidth=1.2, markersize=4, label=text + ", held out")
     axes.set(xlabel="step", ylabel="nats per masked token", ylim=(0, None))
     axes.legend(frameon=False)
     figure.savefig(folder / "loss.png", dpi=120)
@@ -373,7 +587,8 @@ def picture(folder):
 
 def free_folder(s):
     """runs/<data>[-baseline], with a number behind it if there is one already."""
-    name = Path(s.data).stem + ("" if s.memory else "-baseline")
+    model = "" if s.model == "toy" else Path(s.model).name + "-"
+    name = model + Path(s.data).stem + ("" if s.memory else "-baseline")
     number = 1
     while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
@@ -391,29 +606,42 @@ def resumed(argument, given):
     return s, folder
 
 
+def show_plan(s):
+    import llada
+    if s.model == "toy":
+        raise ValueError("--plan is for full models; the toy takes a few hundred megabytes")
+    print(llada.plan_text(llada.plan(llada.config_of(s.model), s, s.max_length)))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="run folder [default runs/ and the name of the data]")
+    parser.add_argument("--plan", action="store_true", help="print the memory that the run would take, and stop (full models)")
     parser.add_argument("--resume", nargs="?", const="latest", metavar="RUN", help="go on with a run [default the latest]")
     add_flags(parser)
     given = vars(parser.parse_args())
-    out, resume = given.pop("out"), given.pop("resume")
+    out, resume, plan = given.pop("out"), given.pop("resume"), given.pop("plan")
     with one_line():
+        if plan:
+            return show_plan(recipe(given))
         s, folder = resumed(resume, given) if resume else (recipe(given), None)
         folder = folder or Path(out or free_folder(s))
         if not resume and (folder / "settings.json").exists():
             raise ValueError(f"{folder} holds a run already: --resume {folder} goes on with it, "
                              "another --out starts anew")
-    stop = Stop()
-    seconds = train(s, folder, resume, stop)
+    stop, processes = Stop(), Processes()
+    seconds = train(s, folder, resume, stop, processes)
     if s.memory and s.control:
         print("\nnow its control: the same data and seed, without memory, with sight of the prompt")
-        seconds += train(control(s), folder / "control", resume, stop)
+        seconds += train(control(s), folder / "control", resume, stop, processes)
+    if processes.rank:
+        return
     if s.table_samples:
         from evaluate import panel
         panel([folder], s.table_samples, picture=folder / "panel.png")
+    ask = "--show     answer a prompt from this run" if s.model == "toy" else '--prompt "..."     answer with this run'
     print(f"trained in {seconds:.0f} s. Look at the pictures in {folder}; next:\n"
-          f"  python generate.py --adapt --show     answer a prompt from this run\n"
+          f"  python generate.py --adapt {ask}\n"
           f"  python evaluate.py                    compare runs, with more samples")
 
 

@@ -260,7 +260,7 @@ def test_exposure_prints_both_losses_beside_the_ratio(cli, trained, tmp_path):
 # ---- bad input: one line, exit code 2 ------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, says", [
-    (["--model", "gpt9"], "unknown model 'gpt9'"),
+    (["--model", "gpt9"], "no model 'gpt9' here"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--trajectory", "cover:0"], "cover:K"),
     (["--trajectory", "zigzag"], "zigzag"),

@@ -58,8 +58,8 @@ class ToyData:
         self.note = (f"{path}: {len(samples)} pairs kept ({len(self.pairs['train'])} to train, {held}), "
                      f"{long} too long, {bad} malformed lines skipped")
 
-    def train(self, rng, progress):
-        """A training sample; progress in [0, 1) drives the curriculum of generated tasks."""
+    def train(self, rng, progress, number=0):
+        """A training sample; progress in [0, 1) drives the curriculum of generated tasks. Drawn, whatever its number."""
         if self.words:
             return tasks.curriculum(self.kind, rng, progress)
         return self._text(rng, "train")

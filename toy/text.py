@@ -108,24 +108,32 @@ def read_pairs(path, skip_bad=False):
 
     The file is JSONL or one JSON array. A record has "prompt", "response" and optionally
     "question" (which a closed-book decoder may see), or Alpaca's "instruction", "output" and
-    optionally "input". Errors are one-line ValueErrors with the line (in an array: the record)
-    at fault; with skip_bad such records are skipped and counted instead.
+    optionally "input".
     """
-    pairs, skipped = [], 0
+    return read_records(path, _pair, skip_bad)
+
+
+def read_records(path, parse, skip_bad=False):
+    """parse(record) of each record of a JSONL file or JSON array, and how many were skipped.
+
+    Errors are one-line ValueErrors with the line (in an array: the record) at fault; with
+    skip_bad such records are skipped and counted instead.
+    """
+    records, skipped = [], 0
     for place, load in _records(path, _read_text(path)):
         try:
-            pairs.append(_pair(load()))
+            records.append(parse(load()))
         except (ValueError, RecursionError) as error:
             if not skip_bad:
                 # JSON's own message would add a line number counted within this line.
                 raise ValueError(f"{path}, {place}: {getattr(error, 'msg', error)}") from None
             skipped += 1
-    if not pairs:
+    if not records:
         raise ValueError(
             f"{path} has no usable records ({skipped} skipped): "
             'give one JSON object {"prompt": ..., "response": ...} per line'
         )
-    return pairs, skipped
+    return records, skipped
 
 
 def _read_text(path):
