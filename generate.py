@@ -29,7 +29,7 @@ from train import Settings, add_flags, build, decoder, latest_run, one_line, ope
 
 INNER = ["trajectory", "inner_steps", "inner_lr", "inner_loss", "stage1_target", "pre_scale", "anchor_ratio", "clip",
          "clip_norm", "layer_fraction", "scope", "rank", "alpha", "closed_book"]
-LOADING = ["load_4bit", "dtype", "attention", "from_adapter", "threads"]
+LOADING = ["load_4bit", "dtype", "attention", "from_adapter", "merge", "threads"]
 # LLaDA2.x: certainty at which a token is committed, and at which one that stands is replaced.
 MODES = {"plain": (0.95, None), "speed": (0.5, 0.0), "quality": (0.7, 0.5)}
 
@@ -287,9 +287,9 @@ def main():
         loading = {name: getattr(arguments, name) for name in LOADING if hasattr(arguments, name)}
         inner = {name: getattr(arguments, name) for name in INNER if hasattr(arguments, name)}
         if arguments.model:
-            s = Settings(model=arguments.model, lora=bool(loading.get("from_adapter")), **loading, **inner)
+            s = Settings(model=arguments.model, lora=False, **loading, **inner)
             data, model = build(s, training=False)
-            model.eval()
+            model.requires_grad_(False).eval()
         else:
             s, data, model = open_run(arguments.run or latest_run(), with_data=False, **loading)
             s = replace(s, **inner)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 import re
 import shutil
 import sys
@@ -35,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import memdlm
 from toy.data import collate
@@ -611,7 +613,7 @@ class Shards:
                              f"{', '.join(left[:3])}{' ...' if len(left) > 3 else ''}")
 
 
-def random_weights(device, seed=0):
+def random_source(device, seed=0):
     """In place of a checkpoint: the same shapes, random numbers, made where they are needed and one at a time."""
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -659,7 +661,7 @@ def fill(network, tensor, dtype, device):
             setattr(module, name, value)
 
 
-def load(model, load_4bit=False, dtype="auto", device=None, attention="full", checkpointing=False, merge=None, random=False,
+def load(model, load_4bit=False, dtype="auto", device=None, attention="full", checkpointing=False, merge="", random=False,
          seed=0):
     """A hub id, a folder in the hub's layout, or (random=True) a name of PUBLISHED or a config -> Backbone, frozen.
 
@@ -668,7 +670,7 @@ def load(model, load_4bit=False, dtype="auto", device=None, attention="full", ch
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if random:
-        folder, raw, tensor = None, PUBLISHED[model] if isinstance(model, str) else model, random_weights(device, seed)
+        folder, raw, tensor = None, PUBLISHED[model] if isinstance(model, str) else model, random_source(device, seed)
     else:
         folder = find(model)
         raw, tensor = read_json(folder / "config.json"), Shards(folder)
@@ -685,7 +687,7 @@ def load(model, load_4bit=False, dtype="auto", device=None, attention="full", ch
         network = build_network(config)
         if load_4bit:
             to_4bit(network, config, dtype)
-    fill(network, merged(tensor, merge, network) if merge else tensor, dtype, device)
+    fill(network, merged(tensor, merge, network, model) if merge else tensor, dtype, device)
     if folder:
         tensor.finish()
     network.is_loaded_in_4bit = load_4bit  # where PEFT looks
@@ -807,25 +809,23 @@ def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):
     return backbone
 
 
-def merged(tensor, folder, network):
+def merged(tensor, folder, network, base):
     """The same source of weights, with an adapter's W + (alpha / r) B A. Before quantisation: rounded once, not twice."""
-    raw, tensors = read_adapter(folder, None)
-    scale, open_ = raw["lora_alpha"] / raw["r"], set(tensors)
+    raw, tensors = read_adapter(folder, base)
+    scale, weights = raw["lora_alpha"] / raw["r"], dict(network.named_parameters())
+    stems = {key.rpartition(".lora_")[0] for key in tensors}
+    for stem in sorted(stems):
+        shapes = [tuple(tensors[f"{stem}.lora_{x}.weight"].shape) if f"{stem}.lora_{x}.weight" in tensors else None for x in "AB"]
+        place = weights.get(stem.removeprefix("base_model.model.") + ".weight")
+        if place is None or shapes != [(raw["r"], place.shape[1]), (place.shape[0], raw["r"])]:
+            raise ValueError(f"{folder} was made for another model: its {stem} has no place here")
 
     def with_adapter(name, shape):
         W, stem = tensor(name, shape), "base_model.model." + name.removesuffix(".weight")
-        if f"{stem}.lora_A.weight" in tensors:
-            A, B = tensors[f"{stem}.lora_A.weight"].to(W.device), tensors[f"{stem}.lora_B.weight"].to(W.device)
-            open_.difference_update({f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"})
-            if (B.shape[0], A.shape[1]) != tuple(W.shape):
-                raise ValueError(f"{folder} was made for another model: {name} is {list(W.shape)}, its adapter for "
-                                 f"{[B.shape[0], A.shape[1]]}")
-            W = (W.float() + scale * B.float() @ A.float()).to(W.dtype)
-        return W
-
-    names = {f"base_model.model.{n.removesuffix('.weight')}.lora_{x}.weight" for n, _ in network.named_parameters() for x in "AB"}
-    if strangers := sorted(open_ - names):
-        raise ValueError(f"{folder} was made for another model: {len(strangers)} keys do not fit, such as {strangers[0]}")
+        if stem not in stems:
+            return W
+        A, B = (tensors[f"{stem}.lora_{x}.weight"].to(W.device).float() for x in "AB")
+        return (W.float() + scale * B @ A).to(W.dtype)
     return with_adapter
 
 
@@ -848,11 +848,13 @@ class Tokenizer:
         # A response ends with the template's own end of turn, or with the end of text.
         self.stop_ids = [i for i in (self.eos_id, *(self.added.get(t) for t in ("<|role_end|>", "<|eot_id|>"))) if i is not None]
 
-    def encode(self, text):
-        """Ids of a user's text, in which a special token may not stand: it would be read as a mask or an end."""
+    def refuse_special(self, text):
+        """A user's text may not hold a special token: it would be read as a mask or an end."""
         found = next((token for token in self.added if token in text), None)
         if found:
             raise ValueError(f"the text contains {found!r}, which this model reads as a special token; remove it")
+
+    def encode(self, text):
         return self.hf(text, add_special_tokens=False)["input_ids"]
 
     def decode(self, ids):
@@ -864,7 +866,7 @@ class Tokenizer:
     def chat(self, messages):
         """[{role, content}, ...] -> (ids of the prompt, ids of the reply, [] if the last turn is the user's)."""
         for message in messages:
-            self.encode(message["content"])  # refuses special tokens
+            self.refuse_special(message["content"])
         reply = messages[-1]["role"] == "assistant"
         asked = messages[:-1] if reply else messages
         if not self.hf.chat_template:
@@ -874,8 +876,7 @@ class Tokenizer:
         whole = self.hf.apply_chat_template(messages, tokenize=False) if reply else prompt
         if not whole.startswith(prompt):
             raise ValueError("the chat template does not put a reply behind its generation prompt; prompt and reply cannot be told apart")
-        ids = [self.hf(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole[len(prompt):])]
-        return ids[0], ids[1] if reply else []
+        return self.encode(prompt), self.encode(whole[len(prompt):]) if reply else []
 
 
 def messages(record):
@@ -911,12 +912,12 @@ class ChatData:
     the template too, as in the published run."""
     words, metric, kind = False, "nats", "chat"
 
-    def __init__(self, backbone, records=(), max_length=4096, truncate=False, split_seed=42, where="", bad=0):
-        self.tokenizer, self.max_length, self.window = backbone.tokenizer, max_length, backbone.config.max_length
+    def __init__(self, backbone, records=(), max_length=4096, truncate=False, split_seed=42, where="", bad=0, seed=0):
+        self.tokenizer, self.window, self.seed = backbone.tokenizer, backbone.config.max_length, seed
         if self.tokenizer is None:
             raise ValueError(f"{backbone.name} has no tokenizer.json, so it cannot read text")
         samples, long, cut, special = [], 0, 0, 0
-        for turns in records:
+        for turns in tqdm(records, desc="reading", unit="record", delay=1):
             try:
                 prompt, reply = self.tokenizer.chat(turns)
             except ValueError:
@@ -943,7 +944,7 @@ class ChatData:
     def train(self, rng, progress, number):
         """Training sample `number`: all of them in a new order in each epoch."""
         epoch, i = divmod(number, len(self.pairs["train"]))
-        return self.pairs["train"][_shuffled(epoch, len(self.pairs["train"]))[i]]
+        return self.pairs["train"][_shuffled(f"{self.seed} {epoch}", len(self.pairs["train"]))[i]]
 
     def test(self, column, name, number):
         return self.pairs["test"][number % len(self.pairs["test"])]
@@ -965,8 +966,8 @@ class ChatData:
 
 
 @lru_cache(maxsize=2)
-def _shuffled(epoch, n):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(epoch)).tolist()
+def _shuffled(name, n):
+    return random.Random(name).sample(range(n), n)
 
 
 # ---- 8. Block diffusion, the decoder of LLaDA2.x -------------------------------------------------------

@@ -77,6 +77,7 @@ class Settings(memdlm.Settings):
     lora_router: bool = setting(False, "also on the router of LLaDA-MoE, as the published run had it")
     lora_dtype: str = setting("float32", "precision in which the LoRA is kept", ["float32", "bfloat16"])
     from_adapter: str = setting("", "start from this LoRA: a folder or hub id in PEFT's format")
+    merge: bool = setting(False, "add --from-adapter to the weights, before they are quantised, and train a new LoRA")
     optimizer: str = setting("adamw", "AdamW, or bitsandbytes' with 8-bit moments, which may live in the host's memory (paged)",
                              ["adamw", "adamw8bit", "paged_adamw8bit"])
     checkpointing: bool = setting(True, "recompute the activations below the fast weights instead of keeping them")
@@ -95,8 +96,8 @@ class Settings(memdlm.Settings):
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must lie between 0 and 1")
         if self.model == "toy" and (self.load_4bit or self.from_adapter):
             raise ValueError("--load-4bit and --from-adapter are for full models; the toy trains all of its weights")
-        if self.model != "toy" and self.load_4bit and not self.lora:
-            raise ValueError("4-bit weights cannot be trained themselves: leave out --no-lora or --load-4bit")
+        if self.merge and not self.from_adapter:
+            raise ValueError("--merge needs --from-adapter")
         if self.closed_book and self.data in ("languages", "python", "pydoc"):
             raise ValueError(f"--closed-book leaves no question in {self.data}; use it with --data dictionary")
 
@@ -233,8 +234,9 @@ def load(folder, model, optimizer=None):
             for key, value in saved.items():
                 held = optimizer.state[p][key]
                 optimizer.state[p][key] = held.copy_(value) if torch.is_tensor(held) else int(value)
-        elif saved:  # the step count stays on the CPU, where AdamW keeps it
-            optimizer.state[p] = {key: value if key == "step" else value.to(p.device) for key, value in saved.items()}
+        elif saved:  # the count of steps lives on the CPU, unless AdamW is fused
+            fused = optimizer.param_groups[0]["fused"]
+            optimizer.state[p] = {key: value if key == "step" and not fused else value.to(p.device) for key, value in saved.items()}
     return step
 
 
@@ -261,12 +263,12 @@ def latest_run(root="runs"):
     return found[-1].parent
 
 
-def build(s, training=True, device=None):
+def build(s, training=True, device=None, say=print):
     """Settings -> data, MemDLM with initial weights from the seed. Without `training` a full model reads no data file."""
     if s.threads:
         torch.set_num_threads(s.threads)
     if s.model != "toy":
-        return build_full(s, training, device)
+        return build_full(s, training, device, say)
     from toy.data import ToyData
     from toy.model import ToyConfig, ToyDLM
     data = ToyData(s.data, s.prompt_length, s.response_length, s.skip_bad)
@@ -274,25 +276,29 @@ def build(s, training=True, device=None):
     return data, MemDLM(ToyDLM(config, s.seed), s)
 
 
-def build_full(s, training, device):
+def build_full(s, training, device, say):
     """A full model: its data first, so that a mistake in a file costs no minutes, then the plan, then the weights."""
     import llada
     from toy.text import read_records
     config, records = llada.config_of(s.model), ([], 0)
     if training:
+        if s.load_4bit and not s.lora and not s.from_adapter:
+            raise ValueError("4-bit weights cannot be trained themselves: leave out --no-lora or --load-4bit")
         path = llada.find_data(s.data)
         records = read_records(path, llada.messages, s.skip_bad)
         room = torch.cuda.get_device_properties(device or 0).total_memory if torch.cuda.is_available() else None
-        print(llada.plan_text(llada.plan(config, s, s.max_length), room), flush=True)
-    backbone = llada.load(s.model, s.load_4bit, s.dtype, device, s.attention, s.checkpointing)
-    if s.from_adapter:
+        say(llada.plan_text(llada.plan(config, s, s.max_length), room))
+    merge = s.from_adapter if s.merge else ""
+    backbone = llada.load(s.model, s.load_4bit, s.dtype, device, s.attention, s.checkpointing, merge)
+    if s.from_adapter and not merge:
         llada.load_adapter(backbone, s.from_adapter, s.lora_dropout, s.lora_dtype)
     elif s.lora:
         llada.add_lora(backbone, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_scope, s.lora_router, s.lora_dtype, s.seed)
-    elif training:
+    elif not s.load_4bit:
         backbone.requires_grad_(True)
-    print(llada.describe(backbone), flush=True)
-    data = llada.ChatData(backbone, records[0], s.max_length, s.truncate, s.split_seed, s.data, records[1])
+    say(llada.describe(backbone))
+    data = llada.ChatData(backbone, records[0], s.max_length, s.truncate, s.split_seed, s.data, records[1],
+                          s.seed)
     return data, MemDLM(backbone, s)
 
 
@@ -301,7 +307,7 @@ def open_run(folder, with_data=True, **changes):
     s = replace(read_settings(folder), **changes)
     data, model = build(s, training=with_data)
     load(folder, model)
-    return s, data, model.eval()
+    return s, data, model.requires_grad_(False).eval()
 
 
 # ---- The loop ------------------------------------------------------------------------------------------
@@ -327,7 +333,7 @@ def learning_rate(s, step):
     """Linear warm-up, then a cosine down to zero."""
     warm = s.warmup * s.steps
     if step < warm:
-        return s.lr * (step + 1) / warm
+        return s.lr * min(1, (step + 1) / warm)  # (a warm-up may be shorter than a step)
     return s.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, s.steps - warm)))
 
 
@@ -385,7 +391,8 @@ def open_metrics(folder, step):
 
 def make_optimizer(s, parameters):
     if s.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay)
+        # Fused where it can be: the other kinds make temporary copies of everything that is trained.
+        return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=parameters[0].is_cuda or None)
     try:
         import bitsandbytes
     except ImportError:
@@ -460,7 +467,7 @@ def held_out(s, data, model):
 def train(s, folder, resume, stop, processes):
     """Train one model into its folder. Returns the seconds it took."""
     with one_line():
-        data, model = build(s, device=processes.device)
+        data, model = build(s, device=processes.device, say=print if processes.rank == 0 else lambda text: None)
         if s.epochs:
             if not hasattr(data, "pairs"):
                 raise ValueError(f"--epochs needs a data set with an end; {s.data} has none, use --steps")

@@ -1,5 +1,4 @@
 """The scripts as a user meets them: run folders, resuming, generating, comparing, and one-line errors."""
-import io
 import json
 import re
 import shlex
@@ -18,24 +17,6 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2", "--log-every", "1",
         "--save-every", "3", "--sample-every", "3", "--table-samples", "3", "--threads", "1"]
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """cli(script, *arguments) runs a script's main() in an empty folder; returns its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(script, *arguments, stdin=""):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        try:
-            script.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -352,8 +333,32 @@ def readme_commands():
     """Every python line in the README's code blocks."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    found = [re.search(r"python (?:train|generate|evaluate)\.py.*", line) for line in lines]
-    return list(dict.fromkeys(match[0] for match in found if match))
+    found = [re.search(r"(?:python|accelerate launch) (?:train|generate|evaluate|bench|llada)\.py.*", line) for line in lines]
+    commands = dict.fromkeys(match[0].replace("accelerate launch", "python") for match in found if match)
+    full = re.compile(r"--model (?!toy)|llada|bench|-run runs/tiny")
+    return [pytest.param(c, marks=[pytest.mark.slow] if full.search(c) else []) for c in commands]
+
+
+def tiny_folder(root, name):
+    """A tiny checkpoint that stands for the published model of this name."""
+    import llada
+    kind = "llada2.1-mini" if "2.1" in name else "llada-moe" if "MoE" in name or "moe" in name else "llada-8b"
+    if not (root / name).exists():
+        llada.write_tiny(kind, root / name)
+    return name
+
+
+def llada_names():
+    return ("llada-8b", "llada-moe", "llada2.1-mini")
+
+
+def make_adapter(root, arguments):
+    """A random adapter for the model of these arguments, under the name that they give."""
+    import llada
+    model, name = (arguments[arguments.index(flag) + 1] for flag in ("--model", "--from-adapter"))
+    backbone = llada.load(str(root / model))
+    backbone.name = model
+    llada.save_adapter(llada.add_lora(backbone, 4, 8.0, 0.0), root / name)
 
 
 @pytest.mark.parametrize("command", readme_commands())
@@ -363,8 +368,18 @@ def test_the_commands_of_the_readme_run(command, trained, tmp_path):
     script, arguments = words[1], words[2:]
     (tmp_path / "my.jsonl").write_text("\n".join(json.dumps({"prompt": f"say {i}", "response": str(i)}) for i in range(9)))
     (tmp_path / "notes.txt").write_text("fox ruby owl jade")
-    small = {"train.py": [*TINY, "--table-samples", "0"], "generate.py": [], "evaluate.py": ["--samples", "3"]}[script]
-    if script != "train.py" or "--resume" in arguments:
+    small = {"train.py": [*TINY, "--table-samples", "0"], "generate.py": [], "evaluate.py": ["--samples", "3"],
+             "bench.py": ["--tiny", "--length", "64", "--repeats", "1", "--new-tokens", "4"], "llada.py": []}[script]
+    if "--model" in arguments and arguments[arguments.index("--model") + 1] not in ("toy", *llada_names()):
+        arguments[arguments.index("--model") + 1] = tiny_folder(tmp_path, arguments[arguments.index("--model") + 1])
+        small = ["--length", "8"] if script == "generate.py" else [*small, "--sample-every", "0", "--eval-every", "0"]
+        if script == "train.py" and "--data" not in arguments:
+            arguments += ["--data", "my.jsonl"]
+        if "--from-adapter" in arguments:
+            make_adapter(tmp_path, arguments)
+    elif script in ("bench.py", "llada.py") or "--plan" in arguments:
+        small = small if script == "bench.py" else []
+    elif script != "train.py" or "--resume" in arguments:
         (tmp_path / "runs").symlink_to(trained / "runs")
         names = [a for a in arguments if a.startswith("runs/")]
         arguments = ["runs/words" if a in names[:1] else a for a in arguments if a not in names[1:]]

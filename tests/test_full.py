@@ -1,0 +1,217 @@
+"""Full models as a user meets them: trained, stopped, resumed, spread over processes, asked. All on tiny checkpoints."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_cli import StopAfter, metrics, refused
+
+import bench
+import evaluate
+import generate
+import llada
+import memdlm
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--steps", "4", "--batch", "1", "--accumulate", "2", "--rank", "4", "--alpha", "8", "--lora-rank", "4", "--lora-alpha", "8",
+         "--eval-samples", "2", "--eval-every", "2", "--sample-every", "4", "--save-every", "2", "--threads", "1", "--lr", "1e-3",
+         "--data", "pairs.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name in llada.TINY:
+        llada.write_tiny(name, root / name)
+    return root
+
+
+@pytest.fixture
+def here(tmp_path, tiny):
+    """A folder with pairs to train on."""
+    lines = [{"prompt": f"What comes after {i}?", "response": f"It is {i + 1}" + "!" * (i % 5)} for i in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", list(llada.TINY))
+def test_a_full_model_is_trained_saved_reloaded_and_adapted(cli, here, tiny, name):
+    code, out, err = cli(train, "--model", tiny / name, "--load-4bit", *SMALL)
+    folder = here / "runs" / f"{name}-pairs"
+    assert code == 0, err
+    for text in ("memory planned:", "layers in 4-bit", "with LoRA", "24 samples kept (23 to train, 1 held out", "4 steps of 2 samples",
+                 "held out after step 2", "sample at step 4", "python generate.py --adapt --prompt"):
+        assert text in out, text
+    assert {p.name for p in folder.iterdir()} == {"settings.json", "model.safetensors", "metrics.jsonl", "loss.png", "adapter"}
+    lines = metrics(folder)
+    held = [line for line in lines if "held_out_ce" in line]
+    assert [line["step"] for line in held] == [1, 3] and all({"held_out_ce", "held_out_ce_without"} <= line.keys() for line in held)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(4))
+    saved, adapter = load_file(folder / "model.safetensors"), load_file(folder / "adapter/adapter_model.safetensors")
+    assert all("lora_" in key for key in saved) and any(v.any() for k, v in adapter.items() if "lora_B" in k)
+
+    # Two prompts of different lengths in a batch, from the run ...
+    ask = ["--adapt", "--prompt", "What comes after 3?", "--prompt", "Hi", "--length", "12"]
+    code, out, _ = cli(generate, "--run", folder, *ask)
+    assert code == 0 and out.count("with memory of the prompt:") == 2 and out.count("without memory:") == 2
+    # ... and from its adapter on the checkpoint, beside the weights: the same.
+    code, live, _ = cli(generate, "--model", tiny / name, "--load-4bit", "--from-adapter", folder / "adapter", "--rank", "4",
+                        "--alpha", "8", *ask)
+    assert code == 0 and live.splitlines()[1:] == out.splitlines()[1:]
+    assert cli(generate, "--model", tiny / name, "--from-adapter", folder / "adapter", "--merge", *ask)[0] == 0
+    code, out, _ = cli(evaluate, folder, "--samples", "2")
+    assert code == 0 and "another prompt" in out
+
+
+@pytest.mark.parametrize("flags", [[], ["--optimizer", "adamw8bit", "--load-4bit"], ["--lora-dtype", "bfloat16"],
+                                   ["--no-lora"], ["--no-memory", "--load-4bit"]], ids=" ".join)
+def test_a_resumed_run_equals_an_uninterrupted_one(cli, here, tiny, monkeypatch, flags):
+    """With dropout, two micro-batches a step, and the optimisers of torch and bitsandbytes."""
+    flags = ["--model", tiny / "llada-moe", *SMALL, "--sample-every", "0", *flags]
+    assert cli(train, *flags, "--out", "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Stop", lambda: StopAfter(here / "parts", 3))  # two steps, and the held-out line of the second
+        code, out, _ = cli(train, *flags, "--out", "parts")
+    assert code == 130 and "stopped after step 2" in out
+    assert cli(train, "--resume", "parts")[0] == 0
+    assert metrics(here / "whole") == metrics(here / "parts")
+    a, b = (load_file(here / name / "model.safetensors") for name in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert any("state1" in k for k in a) == ("adamw8bit" in flags)
+
+
+def test_accumulation_is_a_larger_batch(cli, here, tiny):
+    """Four samples at once, or in four micro-batches: the same losses and, nearly, the same weights."""
+    flags = ["--model", tiny / "llada-moe", *SMALL, "--per-sample", "--lora-dropout", "0", "--sample-every", "0", "--eval-every", "0"]
+    for out, batch, accumulate in (("a", 4, 1), ("b", 1, 4), ("c", 2, 2)):
+        assert cli(train, *flags, "--batch", batch, "--accumulate", accumulate, "--out", out)[0] == 0
+    same_run(here / "a", here / "b")
+    same_run(here / "a", here / "c")
+
+
+def same_run(a, b):
+    for one, two in zip(metrics(a), metrics(b), strict=True):
+        for key in one:
+            assert one[key] == pytest.approx(two[key], rel=2e-5), key
+    x, y = (load_file(run / "adapter/adapter_model.safetensors") for run in (a, b))
+    for key in x:
+        torch.testing.assert_close(x[key], y[key], rtol=1e-2, atol=2e-4)
+
+
+def test_two_processes_are_one_process_with_twice_the_batch(cli, here, tiny):
+    """Under accelerate launch, each process with its share of every step; gradients are exchanged once."""
+    flags = ["--model", tiny / "llada-moe", "--load-4bit", *SMALL, "--per-sample", "--lora-dropout", "0", "--sample-every", "0"]
+    assert cli(train, *map(str, flags), "--batch", "2", "--out", "one")[0] == 0
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(ROOT / "train.py")]
+    done = subprocess.run([*launch, *map(str, flags), "--batch", "1", "--out", "two"], cwd=here, capture_output=True, text=True,
+                          env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "4 steps of 4 samples, 2 processes" in done.stdout and done.stdout.count("with LoRA") == 1
+    same_run(here / "one", here / "two")
+
+
+def test_the_masks_of_a_sample_do_not_depend_on_how_a_step_is_cut(here, tiny):
+    s = train.Settings(model=str(tiny / "llada-moe"), batch=4)
+    backbone = llada.load(s.model)
+    records = [llada.messages(json.loads(line)) for line in (here / "pairs.jsonl").read_text().splitlines()]
+    data = llada.ChatData(backbone, records)
+    whole = train.make_batch(s, data, 3)
+    parts = [train.make_batch(train.replace(s, batch=1), data, 3, part, 4) for part in range(4)]
+    assert [p.seeds[0] for p in parts] == whole.seeds
+    for b, part in enumerate(parts):
+        assert torch.equal(part.x0[0], whole.x0[b][whole.valid[b]])
+
+
+def test_warm_up_never_exceeds_the_learning_rate():
+    for steps in (1, 2, 4, 10, 100):
+        s = train.Settings(steps=steps, lr=1.0)
+        rates = [train.learning_rate(s, step) for step in range(steps)]
+        assert max(rates) <= 1 and rates[0] > 0
+
+
+def test_epochs_set_the_number_of_steps(cli, here, tiny):
+    flags = [x for x in SMALL if x not in ("--steps",)]
+    flags.remove("4")
+    code, out, _ = cli(train, "--model", tiny / "llada-8b", *flags, "--epochs", "0.25", "--sample-every", "0", "--out", "r")
+    assert code == 0 and "3 steps of 2 samples" in out  # a quarter of 23 samples, two a step
+    assert "--epochs needs a data set with an end" in refused(cli(train, "--epochs", "1", "--out", "s"))
+
+
+def test_plan_and_bench(cli, tmp_path):
+    code, out, _ = cli(train, "--model", "llada-moe", "--load-4bit", "--plan")
+    total = float(out.splitlines()[-1].split()[0])
+    assert code == 0 and 12 < total < 22, "LLaDA-MoE fits 24 GB as the paper trained it"
+    flags = ["--model", "llada2.1-mini", "--load-4bit", "--plan"]
+    default = float(cli(train, *flags)[1].splitlines()[-1].split()[0])
+    fitted = float(cli(train, *flags, "--optimizer", "adamw8bit", "--lora-dtype", "bfloat16")[1].splitlines()[-1].split()[0])
+    assert default > 30 and fitted < 23
+    assert "what helps" in llada.plan_text([("weights", 30 * 2**30)], 24 * 2**30).lower()
+    assert "helps" not in llada.plan_text([("weights", 3 * 2**30)], 24 * 2**30)
+    code, out, _ = cli(bench, "--model", "llada-moe", "--random", "--tiny", "--length", "64", "--repeats", "1", "--new-tokens", "4",
+                       "--json", "o.json")
+    assert code == 0 and "MemDLM / plain step" in out
+    assert json.loads((tmp_path / "o.json").read_text())["MemDLM step"][0] > 0
+    if not torch.cuda.is_available():
+        assert "need a GPU" in refused(cli(bench, "--model", "llada-moe", "--random"))
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--model", "nobody/nothing", "--load-4bit"], "could not be fetched from the hub"),
+    (["--model", "TINY", "--data", "nowhere/nothing"], "--data FILE.jsonl"),
+    (["--model", "TINY", "--data", "bad.jsonl"], "bad.jsonl, line 2"),
+    (["--model", "TINY", "--data", "pairs.jsonl", "--load-4bit", "--no-lora"], "4-bit weights cannot be trained"),
+    (["--model", "TINY", "--data", "pairs.jsonl", "--attention", "block"], "--attention block is for LLaDA2.x"),
+    (["--model", "TINY", "--data", "pairs.jsonl", "--max-length", "10"], "raise --max-length"),
+    (["--model", "TINY", "--data", "pairs.jsonl", "--from-adapter", "nobody/nothing"], "could not be fetched"),
+    (["--model", "TINY", "--merge"], "--merge needs --from-adapter"),
+    (["--load-4bit"], "for full models"), (["--plan"], "for full models"),
+    (["--model", "empty"], "config.json is missing"),
+])
+def test_train_refuses(cli, here, tiny, flags, says):
+    (here / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
+    (here / "empty").mkdir()
+    line = refused(cli(train, *[str(tiny / "llada-moe") if f == "TINY" else f for f in flags]))
+    assert says in line
+
+
+@pytest.mark.parametrize("flags, says", [
+    ([], "no prompt"), (["--prompt", ""], "the prompt is empty"), (["--prompt", "a <|mask|>"], "special token"),
+    (["--prompt", "x" * 9000], "more than the model's window"), (["--prompt", "a", "--question", "b"], "--question is for the toy"),
+    (["--prompt", "a", "--mode", "speed"], "--mode is not for this model"), (["--prompt", "a", "--threshold", "0.5"], "--threshold is not"),
+])
+def test_generate_refuses(cli, tiny, flags, says):
+    assert says in refused(cli(generate, "--model", tiny / "llada-moe", *flags))
+
+
+def test_flags_of_the_wrong_decoder_are_refused_for_llada2_too(cli, tiny):
+    line = refused(cli(generate, "--model", tiny / "llada2.1-mini", "--prompt", "a", "--remasking", "random"))
+    assert "--remasking is not for this model, whose decoder is block diffusion" in line
+    for mode in ("speed", "quality"):
+        assert cli(generate, "--model", tiny / "llada2.1-mini", "--prompt", "a", "--mode", mode, "--length", "20", "--adapt")[0] == 0
+
+
+def test_a_run_whose_model_is_gone_says_so(cli, here, tiny):
+    shutil.copytree(tiny / "llada-8b", here / "model")
+    cli(train, "--model", "model", *SMALL, "--out", "r")
+    shutil.rmtree(here / "model")
+    assert "no model 'model' here" in refused(cli(generate, "--run", "r", "--prompt", "a"))
+
+
+def test_output_ends_at_the_end_of_turn(tiny, monkeypatch):
+    s = train.Settings(model=str(tiny / "llada-moe"), lora=False)
+    data, model = train.build(s, training=False, say=lambda text: None)
+    sample = data.ask("a", length=6)
+    stop, letters = data.tokenizer.stop_ids, data.tokenizer.encode("abcdef")
+    assert len(stop) == 2
+    for cut in (*stop, None):
+        wanted = torch.tensor([letters[:3] + ([cut] if cut else letters[3:4]) + letters[4:]])
+        monkeypatch.setattr(memdlm, "denoise", lambda b, s, x, fill, *a, **k: iter([x.masked_scatter(fill, wanted)]))
+        text = generate.answer(s, data, model, [sample], False, {"seed": 0})[0].text
+        assert text == ("abc" if cut else "abcdef")
