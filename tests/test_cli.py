@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2", "--log-every", "1",
         "--save-every", "3", "--sample-every", "3", "--table-samples", "3", "--threads", "1"]
 
+FULL_TINY = ["--sample-every", "0", "--eval-every", "0", "--accumulate", "1", "--steps", "2", "--table-samples", "0"]
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -335,8 +337,8 @@ def readme_commands():
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     found = [re.search(r"(?:python|accelerate launch) (?:train|generate|evaluate|bench|llada)\.py.*", line) for line in lines]
     commands = dict.fromkeys(match[0].replace("accelerate launch", "python") for match in found if match)
-    full = re.compile(r"--model (?!toy)|llada|bench|-run runs/tiny")
-    return [pytest.param(c, marks=[pytest.mark.slow] if full.search(c) else []) for c in commands]
+    quick = ("python train.py --model toy", "python generate.py --adapt")
+    return [pytest.param(c, marks=[] if c in quick else [pytest.mark.slow]) for c in commands]
 
 
 def tiny_folder(root, name):
@@ -372,11 +374,14 @@ def test_the_commands_of_the_readme_run(command, trained, tmp_path):
              "bench.py": ["--tiny", "--length", "64", "--repeats", "1", "--new-tokens", "4"], "llada.py": []}[script]
     if "--model" in arguments and arguments[arguments.index("--model") + 1] not in ("toy", *llada_names()):
         arguments[arguments.index("--model") + 1] = tiny_folder(tmp_path, arguments[arguments.index("--model") + 1])
-        small = ["--length", "8"] if script == "generate.py" else [*small, "--sample-every", "0", "--eval-every", "0"]
+        small = ["--length", "8"] if script == "generate.py" else [*small, *FULL_TINY]
         if script == "train.py" and "--data" not in arguments:
             arguments += ["--data", "my.jsonl"]
         if "--from-adapter" in arguments:
             make_adapter(tmp_path, arguments)
+    elif "runs/tiny-llada-moe-my" in arguments:
+        subprocess.run([sys.executable, ROOT / "train.py", "--model", tiny_folder(tmp_path, "tiny-llada-moe"), "--data", "my.jsonl",
+                        *TINY, *FULL_TINY], cwd=tmp_path, check=True, capture_output=True)
     elif script in ("bench.py", "llada.py") or "--plan" in arguments:
         small = small if script == "bench.py" else []
     elif script != "train.py" or "--resume" in arguments:

@@ -18,6 +18,7 @@ import llada
 import memdlm
 import train
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--steps", "4", "--batch", "1", "--accumulate", "2", "--rank", "4", "--alpha", "8", "--lora-rank", "4", "--lora-alpha", "8",
          "--eval-samples", "2", "--eval-every", "2", "--sample-every", "4", "--save-every", "2", "--threads", "1", "--lr", "1e-3",

@@ -75,6 +75,7 @@ def logits(backbone, x, valid, phi=None, s=None):
 
 # ---- Shapes and architectures ---------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_published_shapes_count_as_published():
     """Parameters and tensors of the checkpoints, of the adapters that were released, and of phi."""
     for name, parameters, tensors in (("llada-8b", 8_015_581_184, None), ("llada-moe", 7_356_880_896, 3219),
@@ -224,6 +225,7 @@ def test_phi_zero_is_the_plain_model_to_the_last_bit_and_adaptation_leaves_no_tr
     assert not torch.allclose(plain, logits(backbone, batch.x0, batch.valid, phi, s))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpointing_changes_no_gradient(name):
     results = []
@@ -385,6 +387,7 @@ def test_4bit_quantises_every_layer_of_the_blocks_and_nothing_else(name, quantis
     assert next(iter(dequantised(backbone).values())).shape[1] == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NAMES)
@@ -434,6 +437,7 @@ def random_lora(backbone, seed=0, router=False, **options):
     return backbone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, router", [("llada-8b", False), ("llada-moe", False), ("llada-moe", True), ("llada2.1-mini", False)])
 def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(name, router, tmp_path):
     from peft import PeftModel
@@ -461,6 +465,7 @@ def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(n
     torch.testing.assert_close(logits(merged, batch.x0, batch.valid), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
     source = tmp_path / "adapter"
     llada.save_adapter(random_lora(tiny("llada-moe")), source)
@@ -548,8 +553,9 @@ def naive_block_diffusion(backbone, s, x, fill, phi, threshold, edit_threshold, 
     return canvas[:, :n]
 
 
-@pytest.mark.parametrize("threshold, edit", [(0.95, None), (0.2, None), (0.2, 0.0), (0.3, 0.25)])
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("threshold, edit, adapted", [
+    (0.2, 0.0, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (0.95, None, False), (0.95, None, True), (0.2, None, True), (0.2, 0.0, False), (0.3, 0.25, False), (0.3, 0.25, True)))])
 def test_block_diffusion_with_its_cache_equals_recomputing_everything(threshold, edit, adapted):
     """Rows of different lengths decoded together, against each alone without a cache."""
     backbone, s = tiny("llada2.1-mini"), Settings(layer_fraction=0.5, rank=4, alpha=8.0)

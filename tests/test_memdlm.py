@@ -697,6 +697,37 @@ def test_the_anchor_prefix_is_computed_once_and_the_head_sees_masked_rows_only()
     assert model.runs == inner[:2] * 2  # a prompt has no outer pass to share with
 
 
+@pytest.mark.parametrize("kind", list(memdlm.INNER_LOSSES))
+def test_logits_in_chunks_change_nothing_but_how_many_are_held(kind, monkeypatch):
+    """Loss, phi and the outer gradient with two rows of logits at a time, as with all at once."""
+    s, results = settings(inner_loss=kind, per_sample=True), []
+    for limit in (memdlm.LOGITS, 2 * V):
+        monkeypatch.setattr(memdlm, "LOGITS", limit)
+        model = toy()
+        loss, record = MemDLM(model, s)(batch_of(), True)
+        results.append([loss, record["inner"], record["loss_without"], *gradients(loss, model)])
+        assert limit > 2 * V or max(model.heads) <= 2
+        decoded = list(memdlm.denoise(model, s, batch_of().x0, batch_of().maskable, batch_of().valid, SEEDS, temperature=0.5))
+        results[-1] += [decoded[-1].float()]
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_several_samples_in_one_input_get_each_their_own_phi():
+    """An expert's input [N, in]: `groups` rows of each sample, one after another, some of none."""
+    expert, generator = nn.Linear(3, 2, bias=False), torch.Generator().manual_seed(0)
+    x, A, B = (torch.randn(shape, generator=generator) for shape in ((6, 3), (4, 5, 3), (4, 2, 5)))
+    expert.groups = [2, 0, 3, 1]
+    out = memdlm.per_sample(memdlm.low_rank, expert, x, (A, B))
+    for row, sample in enumerate([0, 0, 2, 2, 2, 3]):
+        torch.testing.assert_close(out[row], B[sample] @ (A[sample] @ x[row]))
+    delta = torch.randn(4, 2, 3, generator=generator)
+    out = memdlm.per_sample(memdlm.full_rank, expert, x, (delta,))
+    torch.testing.assert_close(out[5], delta[3] @ x[5])
+    with pytest.raises(ValueError, match="phi is for 2 samples, the input has 4"):
+        memdlm.per_sample(memdlm.low_rank, expert, x, (A[:2], B[:2]))
+
+
 # ---- 10. Decoding ---------------------------------------------------------------------------------------
 
 class Table(nn.Module):
