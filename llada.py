@@ -495,8 +495,8 @@ class Backbone(nn.Module):
         mask = None if valid is None or valid.all() else valid[:, None, None, :].to(h.device)  # [B, 1, 1, L]
         if self.attention == "block" or past is not None:
             before = past.length if past else 0
-            block = torch.arange(before + h.shape[1], device=h.device) // BLOCK
-            if block[-1] != before // BLOCK:  # otherwise all queries are in the last block and see everything
+            if (before + h.shape[1] - 1) // BLOCK != before // BLOCK:  # else all queries are in the last block and see everything
+                block = torch.arange(before + h.shape[1], device=h.device) // BLOCK
                 causal = block[before:, None] >= block  # [L, before + L]
                 mask = causal if mask is None else mask & causal
         return mask
@@ -1065,10 +1065,11 @@ def plan(config, s, length):
     in_4bit, all_ = sum(m.weight.numel() for m in small.values()), sum(p.numel() for p in network.parameters())
     weights = (all_ - in_4bit) * wide + in_4bit * (4 + 8 / 64 + 32 / (64 * 256)) / 8  # nf4: a byte per 64, a float per 64 * 256
     targets = lora_targets(config, s.lora_scope, s.lora_router) if s.lora else []
-    lora = sum(s.lora_rank * (m.in_features + m.out_features) for n, m in linears.items()
-               if n.rpartition(".")[2] in targets and n != head)
+    adapted = [m for n, m in linears.items() if n.rpartition(".")[2] in targets and n != head]
+    lora = sum(s.lora_rank * (m.in_features + m.out_features) for m in adapted)
     trained, grain = (lora, size[s.lora_dtype]) if s.lora else (all_, wide)
-    state = {"adamw": 2 * grain, "adamw8bit": 2 * (1 + 4 / 256), "paged_adamw8bit": 0}[s.optimizer] * trained
+    sizes = [s.lora_rank * n for m in adapted for n in (m.in_features, m.out_features)] or [p.numel() for p in network.parameters()]
+    state = sum(moments(s.optimizer, n, grain) for n in sizes)
     first, count = memdlm.first_layer(config.layers, s.layer_fraction), s.batch if s.per_sample else 1
     fast = [m for n, m in Backbone(network, config).matrices(first, s.scope).items()] if s.memory else []
     phi = sum(s.rank * (m.in_features + m.out_features) if s.adapter == "lora" else m.weight.numel() for m in fast) * 4 * count
@@ -1085,6 +1086,15 @@ def plan(config, s, length):
              (first * h + one) if s.checkpointing else first * one),
             ("a chunk of logits: in the model's precision, in float32, log-softmax and gradient", memdlm.LOGITS * (wide + 12)),
             ("CUDA's own, and what fragments", 1.0 * 2**30)]
+
+
+def moments(optimizer, n, grain):
+    """Bytes on the GPU of the two moments of a tensor of n numbers."""
+    if optimizer == "adamw":
+        return 2 * n * grain
+    if n < 4096:  # bitsandbytes keeps small tensors in float32, and pages only large ones to the host
+        return 2 * n * 4
+    return 0 if optimizer == "paged_adamw8bit" and n >= 1e5 else 2 * (n + -(-n // 256) * 4)
 
 
 def kept_per_token(config, s, wide, mask=1):
@@ -1117,8 +1127,8 @@ def plan_text(parts, room=None):
     lines = [f"  {size / 2**30:7.2f} GiB  {what}" for what, size in parts] + [f"  {total / 2**30:7.2f} GiB  together"]
     if room is not None and total > room:
         lines.append(f"  that is more than the {room / 2**30:.1f} GiB of this GPU. What helps, in this order: --load-4bit, "
-                     "--checkpointing, --batch 1 with more --accumulate, --optimizer adamw8bit, --lora-dtype bfloat16, "
-                     "--optimizer paged_adamw8bit, --max-length 2048, --lora-scope attention, --lora-rank 16")
+                     "--checkpointing, --batch 1 with more --accumulate, --optimizer adamw8bit, --lora-dtype bfloat16 with it, "
+                     "--max-length 2048, --lora-rank 16, --lora-scope attention")
     return "\n".join(["memory planned:", *lines])
 
 

@@ -75,7 +75,8 @@ class Settings(memdlm.Settings):
     lora_dropout: float = setting(0.05, "dropout on its input")
     lora_scope: str = setting("all", "attention and all experts, or attention alone", ["all", "attention"])
     lora_router: bool = setting(False, "also on the router of LLaDA-MoE, as the published run had it")
-    lora_dtype: str = setting("float32", "precision in which the LoRA is kept", ["float32", "bfloat16"])
+    lora_dtype: str = setting("float32", "precision in which the LoRA is kept; bfloat16 goes with the 8-bit optimisers, which "
+                              "round at random then", ["float32", "bfloat16"])
     from_adapter: str = setting("", "start from this LoRA: a folder or hub id in PEFT's format")
     merge: bool = setting(False, "add --from-adapter to the weights, before they are quantised, and train a new LoRA")
     optimizer: str = setting("adamw", "AdamW, or bitsandbytes' with 8-bit moments, which may live in the host's memory (paged)",
@@ -94,6 +95,8 @@ class Settings(memdlm.Settings):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must lie between 0 and 1")
+        if self.lora_dtype == "bfloat16" and self.optimizer == "adamw":
+            raise ValueError("--lora-dtype bfloat16 needs --optimizer adamw8bit: plain AdamW would round small updates away")
         if self.model == "toy" and (self.load_4bit or self.from_adapter):
             raise ValueError("--load-4bit and --from-adapter are for full models; the toy trains all of its weights")
         if self.merge and not self.from_adapter:
@@ -288,6 +291,8 @@ def build_full(s, training, device, say):
         records = read_records(path, llada.messages, s.skip_bad)
         room = torch.cuda.get_device_properties(device or 0).total_memory if torch.cuda.is_available() else None
         say(llada.plan_text(llada.plan(config, s, s.max_length), room))
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # float32 products, the LoRA's, on tensor cores (TF32)
     merge = s.from_adapter if s.merge else ""
     backbone = llada.load(s.model, s.load_4bit, s.dtype, device, s.attention, s.checkpointing, merge)
     if s.from_adapter and not merge:
@@ -397,8 +402,26 @@ def make_optimizer(s, parameters):
         import bitsandbytes
     except ImportError:
         raise ValueError(f"--optimizer {s.optimizer} needs bitsandbytes, which is not installed: pip install bitsandbytes") from None
-    kind = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}[s.optimizer]
-    return getattr(bitsandbytes.optim, kind)(parameters, lr=s.lr, weight_decay=s.weight_decay)
+    kind = getattr(bitsandbytes.optim, {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}[s.optimizer])
+
+    class Rounding(kind):
+        """bfloat16 weights have 8 bits: an update of 2e-5 on a weight of 0.02 would be rounded away, each time. So the step
+        is taken in float32 and rounded at random, up as often as it is near: the mean of many steps is then right."""
+
+        def update_step(self, group, p, gindex, pindex):
+            if p.dtype is not torch.bfloat16:
+                return super().update_step(group, p, gindex, pindex)
+            p.data, p.grad = p.data.float(), p.grad.float()
+            super().update_step(group, p, gindex, pindex)
+            p.data, p.grad = round_at_random(p.data), None
+
+    return Rounding(parameters, lr=s.lr, weight_decay=s.weight_decay)
+
+
+def round_at_random(x):
+    """float32 -> bfloat16, to one of the two neighbours, the nearer one more often: right on average."""
+    low = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)  # what is cut off, and a random carry
+    return ((x.view(torch.int32) + low) & -65536).view(torch.float32).to(torch.bfloat16)
 
 
 class Processes:

@@ -70,7 +70,7 @@ def test_a_full_model_is_trained_saved_reloaded_and_adapted(cli, here, tiny, nam
     assert code == 0 and "another prompt" in out
 
 
-@pytest.mark.parametrize("flags", [[], ["--optimizer", "adamw8bit", "--load-4bit"], ["--lora-dtype", "bfloat16"],
+@pytest.mark.parametrize("flags", [[], ["--optimizer", "adamw8bit", "--load-4bit"], ["--lora-dtype", "bfloat16", "--optimizer", "adamw8bit"],
                                    ["--no-lora"], ["--no-memory", "--load-4bit"]], ids=" ".join)
 def test_a_resumed_run_equals_an_uninterrupted_one(cli, here, tiny, monkeypatch, flags):
     """With dropout, two micro-batches a step, and the optimisers of torch and bitsandbytes."""
@@ -172,6 +172,7 @@ def test_plan_and_bench(cli, tmp_path):
     (["--model", "TINY", "--data", "pairs.jsonl", "--max-length", "10"], "raise --max-length"),
     (["--model", "TINY", "--data", "pairs.jsonl", "--from-adapter", "nobody/nothing"], "could not be fetched"),
     (["--model", "TINY", "--merge"], "--merge needs --from-adapter"),
+    (["--model", "TINY", "--lora-dtype", "bfloat16"], "needs --optimizer adamw8bit"),
     (["--load-4bit"], "for full models"), (["--plan"], "for full models"),
     (["--model", "empty"], "config.json is missing"),
 ])

@@ -712,7 +712,8 @@ def test_the_plans_activations_are_those_that_autograd_keeps(name, lora_dtype):
     raw |= {k: 4 * raw[k] for k in ("hidden_size", "d_model", "expert_intermediate_size", "moe_intermediate_size",
                                     "mlp_hidden_size", "head_dim") if k in raw}
     backbone = llada.load(raw, random=True, dtype="bfloat16", device="cpu", load_4bit=True)
-    s = train.Settings(model="x", load_4bit=True, lora_rank=4, lora_dtype=lora_dtype, dtype="bfloat16")
+    s = train.Settings(model="x", load_4bit=True, lora_rank=4, lora_dtype=lora_dtype, dtype="bfloat16",
+                       optimizer="adamw8bit")
     llada.add_lora(backbone, 4, 8.0, s.lora_dropout, dtype=lora_dtype)
     backbone.train()
     h = torch.randn(1, 256, backbone.config.width, dtype=torch.bfloat16, requires_grad=True)
@@ -736,5 +737,39 @@ def test_the_plan_counts_what_is_loaded():
     llada.add_lora(backbone, 4, 8.0, 0.0)
     lora = llada.lora_weights(backbone).values()
     assert parts[1] == parts[2] == sum(4 * p.numel() for p in lora) and parts[3] == 2 * parts[1]
+    for optimizer in ("adamw8bit", "paged_adamw8bit"):  # what bitsandbytes really makes
+        for n in (4095, 4096, 65_600, 99_999):
+            p = nn.Parameter(torch.ones(n))
+            p.grad = torch.ones(n)
+            made = train.make_optimizer(replace(s, optimizer=optimizer), [p])
+            made.step()
+            held = sum(v.numel() * v.element_size() for k, v in made.state[p].items() if torch.is_tensor(v) and "qmap" not in k)
+            assert held == llada.moments(optimizer, n, 4)
     phi = memdlm.fresh_phi(backbone, s, [0])
     assert parts[4] == 3 * sum(4 * w.numel() for pair in phi.values() for w in pair)
+
+
+def test_rounding_at_random_is_right_on_average_and_keeps_what_bfloat16_can_hold():
+    torch.manual_seed(0)
+    x = torch.tensor([0.0, 1.0, -3.5, 2.0 ** -20, 1e30])
+    exact = x.to(torch.bfloat16).float()
+    assert all(torch.equal(train.round_at_random(exact), exact.to(torch.bfloat16)) for _ in range(20))
+    x = torch.full((200_000,), 0.02 + 2e-5)
+    rounded = train.round_at_random(x).float()
+    assert len(rounded.unique()) == 2 and abs(rounded.mean() - x[0]) < 2e-6
+    torch.testing.assert_close(train.round_at_random(-x).float().mean(), -x[0], rtol=1e-4, atol=0)
+
+
+def test_small_updates_of_a_bfloat16_lora_are_not_lost():
+    """A thousand steps of 2e-5 on weights of 0.02, where bfloat16's neighbours are 1.2e-4 apart."""
+    import bitsandbytes as bnb
+    s, moved = train.Settings(model="x", lora_dtype="bfloat16", optimizer="adamw8bit", lr=2e-5), {}
+    for name, make in (("ours", lambda p: train.make_optimizer(s, p)), ("plain", lambda p: bnb.optim.AdamW8bit(p, lr=2e-5, weight_decay=0.0))):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.full((8192,), 0.02, dtype=torch.bfloat16))
+        optimizer, start = make([p]), 0.02
+        for _ in range(200):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        moved[name] = float(start - p.detach().float().mean())
+    assert abs(moved["ours"] - 200 * 2e-5) < 0.1 * 200 * 2e-5 and abs(moved["plain"]) < 0.02 * 200 * 2e-5
