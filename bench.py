@@ -67,6 +67,8 @@ def measure(name, s, length, repeats, tiny, new_tokens):
                                      checkpointing=s.checkpointing)
         if s.lora:
             llada.add_lora(box["backbone"], s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_scope, s.lora_router, s.lora_dtype)
+        elif not s.load_4bit:
+            box["backbone"].requires_grad_(True)
     result["load"] = clock(build)
     backbone = box["backbone"]
     print(llada.describe(backbone), flush=True)
@@ -126,6 +128,8 @@ def main():
     with one_line():
         if not random:
             raise ValueError("give --random: the published shapes with random weights")
+        if given.get("load_4bit", True) and not given.get("lora", True):
+            raise ValueError("4-bit weights cannot be trained themselves: add --no-load-4bit to --no-lora")
         if not tiny and not torch.cuda.is_available():
             raise ValueError("the full shapes need a GPU; on a CPU use --tiny")
         s = Settings(**{"batch": FULL["batch"], "load_4bit": True, **given, "model": name})

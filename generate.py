@@ -18,14 +18,13 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 import memdlm
-from train import Settings, add_flags, build, decoder, latest_run, one_line, open_run, write_whole
+from train import add_flags, decoder, one_line, open_model, write_whole
 
 INNER = ["trajectory", "inner_steps", "inner_lr", "inner_loss", "stage1_target", "pre_scale", "anchor_ratio", "clip",
          "clip_norm", "layer_fraction", "scope", "rank", "alpha", "closed_book"]
@@ -37,7 +36,7 @@ MODES = {"plain": (0.95, None), "speed": (0.5, 0.0), "quality": (0.7, 0.5)}
 class Answer(NamedTuple):
     label: str
     text: str
-    frames: list  # per decoding step: a list of (piece of text, state); states: given, masked, new, done
+    frames: callable  # () -> per decoding step a list of (piece of text, state); states: given, masked, new, done
     losses: list  # inner loss at each step of the inner loop, empty without memory
 
 
@@ -52,7 +51,7 @@ def answer(s, data, model, samples, use_memory, options):
         losses = record["inner"].tolist()
         if record["skipped"]:
             print(f"warning: {int(record['skipped'])} inner steps were not finite and were left out", file=sys.stderr)
-    canvases = [batch.x0.masked_fill(batch.maskable, data.tokenizer.mask_id)]
+    canvases = [batch.x0.masked_fill(batch.maskable, model.backbone.mask_id)]
     steps = decoder(model.backbone)(model.backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi, **options)
     for x in tqdm(steps, desc="denoising", unit="step", leave=False, delay=1):
         canvases.append(x)
@@ -62,7 +61,9 @@ def answer(s, data, model, samples, use_memory, options):
 
 
 def one_answer(data, label, canvases, fill, losses):
-    frames = [frame(data.tokenizer, now, before, fill) for now, before in zip(canvases, canvases[:1] + canvases)]
+    def frames():
+        return [frame(data.tokenizer, now, before, fill) for now, before in zip(canvases, canvases[:1] + canvases)]
+
     ids = [t for t, gap in zip(canvases[-1], fill) if gap]
     for stop in getattr(data.tokenizer, "stop_ids", [data.tokenizer.eos_id]):
         ids = until_eos(ids, stop)
@@ -96,7 +97,7 @@ def play(answers, joiner, delay):
     live = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for a in answers:
         print(f"{a.label}:")
-        for number, one in enumerate(a.frames):
+        for number, one in enumerate(a.frames()):
             tail = one[-60:] if joiner else one[-160:]
             text = f"  {number:3}  {line_of(tail, joiner, live)}"
             if live and number:
@@ -154,7 +155,7 @@ draw();
 
 def write_page(path, prompt, answers, joiner, note):
     """One self-contained page: every token goes through JSON and textContent, or html.escape; nothing is fetched."""
-    panels = [{"label": a.label, "frames": a.frames, "joiner": joiner} for a in answers]
+    panels = [{"label": a.label, "frames": a.frames(), "joiner": joiner} for a in answers]
     script = json.dumps(panels).replace("<", "\\u003c")  # no text can close the script element
     parts = {"PROMPT": html.escape(prompt), "NOTE": html.escape(note), "DATA": script}
     head, _, rest = PAGE.partition("PROMPT")
@@ -284,15 +285,8 @@ def main():
         for name in ("steps", "block_length"):
             if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
-        loading = {name: getattr(arguments, name) for name in LOADING if hasattr(arguments, name)}
-        inner = {name: getattr(arguments, name) for name in INNER if hasattr(arguments, name)}
-        if arguments.model:
-            s = Settings(model=arguments.model, lora=False, **loading, **inner)
-            data, model = build(s, training=False)
-            model.requires_grad_(False).eval()
-        else:
-            s, data, model = open_run(arguments.run or latest_run(), with_data=False, **loading)
-            s = replace(s, **inner)
+        changes = {name: getattr(arguments, name) for name in LOADING + INNER if hasattr(arguments, name)}
+        s, data, model = open_model(arguments.run, arguments.model, changes)
         if arguments.chat:
             return chat(s, data, model, arguments)
         texts, truth = arguments.prompt, None

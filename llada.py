@@ -100,6 +100,7 @@ def translate(raw, name="config.json"):
 
     if not isinstance(raw, dict):
         raise ValueError(f"{name} is not a model's configuration")
+    raw = {**(raw.get("rope_parameters") or {}), **raw}  # where transformers 5 puts rope_theta and the like
     kind = raw.get("model_type")
     if kind == "llada" and "n_layers" in raw:
         family, parts = "llada", _dense(raw, number, refuse_unless)
@@ -109,7 +110,9 @@ def translate(raw, name="config.json"):
         family, parts = "llada2", _moe2(raw, number, refuse_unless)
     else:
         raise ValueError(f"{name}: model_type {kind!r} is not supported; supported are {SUPPORTED}")
-    special = {"mask_id": raw.get("mask_token_id"), "eos_id": raw.get("eos_token_id") or raw.get("pad_token_id")}
+    eos = raw.get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    special = {"mask_id": raw.get("mask_token_id"), "eos_id": raw.get("pad_token_id") if eos is None else eos}
     config = Config(family=family, **parts, **special)
     if config.heads % config.kv_heads or config.rotary_dim % 2 or config.top_k > config.experts:
         raise ValueError(f"{name}: heads {config.heads}, key-value heads {config.kv_heads}, rotated channels "
@@ -124,7 +127,8 @@ def translate(raw, name="config.json"):
 def _dense(raw, number, refuse_unless):
     refuse_unless({"block_type": ("llama",), "layer_norm_type": ("rms",), "activation_type": ("silu",), "alibi": (None, False),
                    "include_bias": (None, False), "include_qkv_bias": (None, False), "attention_layer_norm": (None, False),
-                   "weight_tying": (False,), "clip_qkv": (None,), "rope": (None, True)})
+                   "weight_tying": (False,), "clip_qkv": (None,), "rope": (None, True), "scale_logits": (None, False),
+                   "input_emb_norm": (None, False)})
     width, heads = number("d_model"), number("n_heads")
     return dict(vocab_size=number("embedding_size", "vocab_size", high=1 << 24), width=width,
                 layers=number("n_layers", high=1000), heads=heads, kv_heads=number("n_kv_heads", "n_heads"),
@@ -140,7 +144,8 @@ def _moe(raw, number, refuse_unless):
                    "tie_word_embeddings": (None, False), "shared_expert_intermediate_size": (None, 0),
                    "moe_router_score_function": (None, "softmax"), "hidden_act": ("silu",),
                    "norm_topk_prob": (None, False)})
-    if any(layer != 1 for layer in raw.get("moe_layer_freq") or []):
+    frequency = 1 if raw.get("moe_layer_freq") is None else raw["moe_layer_freq"]
+    if any(layer != 1 for layer in (frequency if isinstance(frequency, list) else [frequency])):
         raise ValueError("config.json: dense layers (moe_layer_freq with a 0) are a variant that this code does not compute")
     return _both(raw, number) | dict(expert_ffn=number("expert_intermediate_size"), ffn=0, dense_layers=0)
 
@@ -150,8 +155,10 @@ def _moe2(raw, number, refuse_unless):
                    "score_function": (None, "sigmoid"), "tie_word_embeddings": (None, False), "hidden_act": ("silu",),
                    "norm_head": (None, False), "use_sliding_window": (None, False), "norm_topk_prob": (None, True)})
     parts = _both(raw, number)
-    factor = raw.get("partial_rotary_factor", 1)
-    parts["rotary_dim"] = int(parts["head_dim"] * factor) if isinstance(factor, (int, float)) else -1
+    if raw.get("partial_rotary_factor") is None and raw.get("rotary_dim"):
+        parts["rotary_dim"] = number("rotary_dim")
+    else:
+        parts["rotary_dim"] = int(parts["head_dim"] * number("partial_rotary_factor", low=0, high=1, kind=float))
     return parts | dict(expert_ffn=number("moe_intermediate_size"), ffn=number("intermediate_size"),
                         dense_layers=number("first_k_dense_replace", low=0),
                         shared=number("moe_intermediate_size") * number("num_shared_experts", low=0),
@@ -226,7 +233,8 @@ def rotate(x, cos, sin):
     """Rotary position embedding of the first channels of each head; the others (LLaDA2.x) pass. x [B, heads, L, dim]."""
     turned, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
     first, second = turned.chunk(2, dim=-1)
-    return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
 
 
 def attend(q, k, v, context, layer):
@@ -274,7 +282,11 @@ class Experts(nn.ModuleList):
     """Each token goes through its k experts; the outputs are summed with the router's weights."""
 
     def forward(self, x, weights, chosen):
-        """x [B, L, D]; weights, chosen [B * L, k]: how much of which expert -> [B, L, D]."""
+        """x [B, L, D]; weights, chosen [B * L, k]: how much of which expert -> [B, L, D].
+
+        One sample, k = 2, token 0 to experts 5 and 1, token 1 to 1 and 7: pairs 5 1 1 7, in order of their experts the pairs
+        1 2 0 3, which are tokens 0 1 0 1. (LLaDA2.x was published to sum in float32; here in the model's precision.)
+        """
         (B, L, D), k = x.shape, chosen.shape[1]
         pair = chosen.flatten() * B + torch.arange(B, device=x.device).repeat_interleave(L * k)  # (expert, sample)
         order = pair.argsort(stable=True)  # sorted once: by expert, within an expert by sample, within that by position
@@ -482,7 +494,9 @@ class Backbone(nn.Module):
         """Run layers start..stop-1. past: keys and values that stand before h, for block-causal decoding."""
         before = past.length if past else 0
         where = torch.arange(before, before + h.shape[1], device=h.device)
-        cos, sin = rotary(where, self.config.rotary_dim, self.config.rope_theta, h.dtype)
+        # LLaDA-8B rotates in float32, the others in the model's precision.
+        precision = torch.float32 if self.config.family == "llada" else h.dtype
+        cos, sin = rotary(where, self.config.rotary_dim, self.config.rope_theta, precision)
         context = Context(cos, sin, self.mask(valid, h, past), past)
         # Fast weights act from `stop` on; what is computed again in the backward pass must not need them.
         again = self.checkpointing and stop is not None and torch.is_grad_enabled()
@@ -524,10 +538,10 @@ def find(model):
 
 def config_of(model):
     """The configuration of a model, before any of its weights are fetched."""
-    if model in PUBLISHED:
-        return translate(PUBLISHED[model])
     folder = Path(model)
     if not folder.is_dir():
+        if model in PUBLISHED:
+            return translate(PUBLISHED[model])
         folder = download(model, "model", ["config.json"], "'toy', a folder with config.json and *.safetensors, or a hub id such "
                           "as inclusionAI/LLaDA-MoE-7B-A1B-Base")
     return translate(read_json(folder / "config.json"), str(folder / "config.json"))
@@ -581,7 +595,7 @@ class Shards:
                     raise ValueError(f"{index} names the file {file!r}, which is not a safetensors file beside it")
             self.where = names
         else:
-            self.where = dict.fromkeys(self.file("model.safetensors").keys(), "model.safetensors")
+            self.where = dict.fromkeys(self.file("model.safetensors")[1], "model.safetensors")
 
     def file(self, name):
         from safetensors import SafetensorError, safe_open
@@ -589,7 +603,8 @@ class Shards:
             if not (self.folder / name).exists():
                 raise ValueError(f"{self.folder / name} is missing")
             try:
-                self.open[name] = safe_open(self.folder / name, "pt")
+                file = safe_open(self.folder / name, "pt")
+                self.open[name] = file, set(file.keys())
             except SafetensorError as error:
                 raise ValueError(f"{self.folder / name} is not a safetensors file: {error}") from None
         return self.open[name]
@@ -597,8 +612,8 @@ class Shards:
     def __call__(self, name, shape):
         if name not in self.where:
             raise ValueError(f"{self.folder}: the checkpoint has no {name}")
-        file = self.file(self.where[name])
-        if name not in file.keys():
+        file, names = self.file(self.where[name])
+        if name not in names:
             raise ValueError(f"{self.folder / self.where[name]} has no {name}, though the index says so")
         found = file.get_slice(name).get_shape()
         if list(found) != list(shape):
@@ -646,11 +661,11 @@ def to_4bit(network, config, dtype):
         raise ValueError("--load-4bit found no linear layer to quantise")
 
 
-def fill(network, tensor, dtype, device):
+def load_weights(network, source, dtype, device):
     """Give every parameter its values, one at a time, so that the host holds no more than one of them."""
     for path, module in network.named_modules():
         for name, empty in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            value = tensor(f"{path}.{name}", empty.shape)
+            value = source(f"{path}.{name}", empty.shape)
             if hasattr(empty, "quant_type"):  # Params4bit: quantised on its way to the device
                 value = type(empty)(value.to(dtype), requires_grad=False, quant_type="nf4", compress_statistics=True,
                                     module=module).to(device)
@@ -670,10 +685,10 @@ def load(model, load_4bit=False, dtype="auto", device=None, attention="full", ch
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if random:
-        folder, raw, tensor = None, PUBLISHED[model] if isinstance(model, str) else model, random_source(device, seed)
+        folder, raw, source = None, PUBLISHED[model] if isinstance(model, str) else model, random_source(device, seed)
     else:
         folder = find(model)
-        raw, tensor = read_json(folder / "config.json"), Shards(folder)
+        raw, source = read_json(folder / "config.json"), Shards(folder)
     config = translate(raw, str(folder / "config.json") if folder else "config")
     tokenizer = Tokenizer(folder, config) if folder and (folder / "tokenizer.json").exists() else None
     config = special_ids(config, tokenizer)
@@ -687,11 +702,16 @@ def load(model, load_4bit=False, dtype="auto", device=None, attention="full", ch
         network = build_network(config)
         if load_4bit:
             to_4bit(network, config, dtype)
-    fill(network, merged(tensor, merge, network, model) if merge else tensor, dtype, device)
+    load_weights(network, merged(source, merge, network, model) if merge else source, dtype, device)
     if folder:
-        tensor.finish()
+        source.finish()
+    if tokenizer:
+        tokenizer.mask_id, tokenizer.eos_id = config.mask_id, config.eos_id
     network.is_loaded_in_4bit = load_4bit  # where PEFT looks
-    name = model if isinstance(model, str) else FAMILIES[config.family].name
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # float32 products, the LoRA's above all, on tensor cores (TF32)
+    name = model if folder else "random weights"
+    name += f" merged with {merge}" if merge else ""
     return Backbone(network, config, tokenizer, attention, checkpointing, name).eval()
 
 
@@ -773,16 +793,21 @@ def read_adapter(folder, base):
     from safetensors.torch import load_file
     folder = find(folder)
     raw, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    if raw.get("init_lora_weights") not in (True, False, None, "gaussian"):
+        raise ValueError(f"{folder}: initialised by {raw['init_lora_weights']}, which changes the base weights too; not supported")
     odd = [key for key in ("use_dora", "use_rslora", "modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern",
                            "layer_replication", "fan_in_fan_out", "lora_bias") if raw.get(key)]
     if raw.get("peft_type") != "LORA" or odd or raw.get("bias", "none") != "none":
         raise ValueError(f"{folder}: only plain LoRA adapters are read, this one has {', '.join(odd) or raw.get('peft_type')}")
-    if not isinstance(raw.get("r"), int) or not 0 < raw["r"] <= 1 << 16 or not isinstance(raw.get("lora_alpha"), (int, float)):
+    if not isinstance(raw.get("r"), (int, float)) or not 0 < raw["r"] <= 1 << 16 or not isinstance(raw.get("lora_alpha"), (int, float)):
         raise ValueError(f"{folder}/adapter_config.json: r {raw.get('r')!r} and lora_alpha {raw.get('lora_alpha')!r} must be numbers")
-    ours, theirs = (str(name or "").rstrip("/").rpartition("/") for name in (base, raw.get("base_model_name_or_path")))
-    hub = all(owner and not Path("/".join((owner, name))).exists() and "/" not in owner for owner, _, name in (ours, theirs))
-    if hub and ours[2].lower() != theirs[2].lower():
-        raise ValueError(f"{folder} was made for {raw['base_model_name_or_path']}, not for {base}")
+    raw["r"], theirs = int(raw["r"]), str(raw.get("base_model_name_or_path") or "")
+    ours, their = (name.rstrip("/").rpartition("/")[2].lower() for name in (base, theirs))
+    # Shapes are checked in any case; Base and Instruct have the same. A path on someone's disk says nothing.
+    published = "llada" in ours and "llada" in their and not Path(theirs).exists()
+    if "merged with" in theirs + base and theirs != base or published and ours != their:
+        raise ValueError(f"{folder} was made for {theirs}, not for {base}; if that is the same model, correct "
+                         "base_model_name_or_path in its adapter_config.json")
     try:
         return raw, load_file(path)
     except FileNotFoundError:
@@ -809,7 +834,7 @@ def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):
     return backbone
 
 
-def merged(tensor, folder, network, base):
+def merged(source, folder, network, base):
     """The same source of weights, with an adapter's W + (alpha / r) B A. Before quantisation: rounded once, not twice."""
     raw, tensors = read_adapter(folder, base)
     scale, weights = raw["lora_alpha"] / raw["r"], dict(network.named_parameters())
@@ -821,7 +846,7 @@ def merged(tensor, folder, network, base):
             raise ValueError(f"{folder} was made for another model: its {stem} has no place here")
 
     def with_adapter(name, shape):
-        W, stem = tensor(name, shape), "base_model.model." + name.removesuffix(".weight")
+        W, stem = source(name, shape), "base_model.model." + name.removesuffix(".weight")
         if stem not in stems:
             return W
         A, B = (tensors[f"{stem}.lora_{x}.weight"].to(W.device).float() for x in "AB")
@@ -830,6 +855,10 @@ def merged(tensor, folder, network, base):
 
 
 # ---- 7. Text -------------------------------------------------------------------------------------------
+
+class SpecialToken(ValueError):
+    """A text that the model would not read as text."""
+
 
 class Tokenizer:
     """The checkpoint's own tokenizer and chat template (Jinja, which transformers runs in a sandbox)."""
@@ -845,14 +874,26 @@ class Tokenizer:
         self.vocab_size, self.added = config.vocab_size, self.hf.get_added_vocab()
         self.mask_id = next((self.added[t] for t in ("<|mask|>", "<|mdm_mask|>") if t in self.added), self.hf.mask_token_id)
         self.eos_id = self.hf.eos_token_id
-        # A response ends with the template's own end of turn, or with the end of text.
-        self.stop_ids = [i for i in (self.eos_id, *(self.added.get(t) for t in ("<|role_end|>", "<|eot_id|>"))) if i is not None]
+        self.templated = bool(self.hf.chat_template) and self.good_template()
+
+    @property
+    def stop_ids(self):
+        """A response ends with the template's end of turn, or with the end of text."""
+        return [i for i in (self.eos_id, self.added.get("<|role_end|>"), self.added.get("<|eot_id|>")) if i is not None]
+
+    def good_template(self):
+        """Can prompt and reply be told apart, and does a reply end in a token that says so?"""
+        try:
+            return self.split([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[1][-1] in self.stop_ids
+        except ValueError:
+            return False
 
     def refuse_special(self, text):
-        """A user's text may not hold a special token: it would be read as a mask or an end."""
-        found = next((token for token in self.added if token in text), None)
-        if found:
-            raise ValueError(f"the text contains {found!r}, which this model reads as a special token; remove it")
+        """A user's text may not hold a mask, an end, or what begins a turn."""
+        structure = {"<role>", "</role>", "<|start_header_id|>", "<|end_header_id|>", self.hf.bos_token}
+        for token, i in self.added.items():
+            if token in text and (token in structure or i in (self.mask_id, *self.stop_ids)):
+                raise SpecialToken(f"the text contains {token!r}, which this model reads as a special token; remove it")
 
     def encode(self, text):
         return self.hf(text, add_special_tokens=False)["input_ids"]
@@ -867,16 +908,25 @@ class Tokenizer:
         """[{role, content}, ...] -> (ids of the prompt, ids of the reply, [] if the last turn is the user's)."""
         for message in messages:
             self.refuse_special(message["content"])
+        if self.templated:
+            return self.split(messages)
+        reply = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+        prompt = "\n\n".join(m["content"] for m in messages[:len(messages) - bool(reply)]) + "\n\n"
+        return self.encode(prompt), self.encode(reply) + [self.eos_id] if reply else []
+
+    def split(self, messages):
+        from jinja2 import TemplateError
         reply = messages[-1]["role"] == "assistant"
-        asked = messages[:-1] if reply else messages
-        if not self.hf.chat_template:
-            prompt = "\n\n".join(m["content"] for m in asked) + "\n\n"
-            return self.encode(prompt), self.encode(messages[-1]["content"]) + self.stop_ids[:1] if reply else []
-        prompt = self.hf.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-        whole = self.hf.apply_chat_template(messages, tokenize=False) if reply else prompt
+        try:
+            prompt = self.hf.apply_chat_template(messages[:-1] if reply else messages, add_generation_prompt=True, tokenize=False)
+            whole = self.hf.apply_chat_template(messages, tokenize=False) if reply else prompt
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template refuses these messages: {error}") from None
         if not whole.startswith(prompt):
-            raise ValueError("the chat template does not put a reply behind its generation prompt; prompt and reply cannot be told apart")
-        return self.encode(prompt), self.encode(whole[len(prompt):]) if reply else []
+            raise ValueError("the model's chat template does not put a reply behind its generation prompt")
+        ids = self.encode(whole[len(prompt):])
+        ends = [i for i, token in enumerate(ids) if token in self.stop_ids]
+        return self.encode(prompt), ids[:ends[0] + 1] if ends else ids  # some templates go on with the next turn's header
 
 
 def messages(record):
@@ -920,7 +970,7 @@ class ChatData:
         for turns in tqdm(records, desc="reading", unit="record", delay=1):
             try:
                 prompt, reply = self.tokenizer.chat(turns)
-            except ValueError:
+            except SpecialToken:
                 special += 1
                 continue
             room = max_length - len(prompt)
@@ -939,7 +989,9 @@ class ChatData:
         lengths = sorted(len(s.prompt) + len(s.rest) for s in samples)
         self.note = (f"{where}: {len(samples)} samples kept ({len(self.pairs['train'])} to train, {held} held out; "
                      f"{lengths[len(lengths) // 2]} tokens in the median, {lengths[-1]} at most), {long} too long, {cut} cut, "
-                     f"{special} with special tokens in their text, {bad} malformed") if samples else ""
+                     f"{special} with special tokens in their text, {bad} malformed"
+                     + ("" if self.tokenizer.templated else "; no usable chat template, so prompt and reply are joined by a blank "
+                        "line")) if samples else ""
 
     def train(self, rng, progress, number):
         """Training sample `number`: all of them in a new order in each epoch."""
@@ -958,7 +1010,7 @@ class ChatData:
         if question or not prompt.strip():
             raise ValueError("the prompt is empty; give some text with --prompt or --file" if not question else
                              "--question is for the toy; put the question into the prompt")
-        ids, length = self.tokenizer.chat([{"role": "user", "content": prompt}])[0], length or 128
+        ids, length = self.tokenizer.chat([{"role": "user", "content": prompt.strip()}])[0], length or 128
         if len(ids) + length > self.window:
             raise ValueError(f"the prompt has {len(ids)} tokens, with {length} to generate more than the model's window of "
                              f"{self.window}; shorten it")
@@ -991,61 +1043,56 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
     pad = (0, width - x.shape[1])
     # The last block is decoded whole, as in training, also where less of it was asked for.
     last = (-(-valid.sum(1) // BLOCK) * BLOCK)[:, None]  # [B, 1] end of each row's last block
-    given = F.pad(valid & ~fill, pad)
-    open_ = ~given & (torch.arange(width) < last) & (torch.arange(width) >= given.sum(1, keepdim=True))
-    x = torch.where(open_, backbone.mask_id, F.pad(x, pad))
-    fill, done, past = open_.clone(), ~fill.any(1), Past()
-    with memdlm.fast_weights(backbone, s, phi):
-        def look(start, stop, keep=False):
-            past.keep = keep
+    given, done = F.pad(valid & ~fill, pad), ~fill.any(1)  # done: nothing (more) is wanted of this row
+    fill = ~given & (torch.arange(width) < last) & (torch.arange(width) >= given.sum(1, keepdim=True))
+    x, open_, past = torch.where(fill, backbone.mask_id, F.pad(x, pad)), fill.clone(), Past()
+    stops = torch.tensor(backbone.tokenizer.stop_ids if backbone.tokenizer else [backbone.config.eos_id])
+
+    def forward(start, stop, keep=False):
+        """Hidden states of x[:, start:stop]; keep: these are a block's final tokens."""
+        past.keep = keep
+        with memdlm.fast_weights(backbone, s, phi):
             h = backbone.blocks(backbone.embed(x[:, start:stop]), None, 0, None, past)
-            past.length = stop if keep else past.length
-            return h
+        past.length = stop if keep else past.length
+        return h
 
-        start = int(given.sum(1).min()) // BLOCK * BLOCK
-        if start:
-            look(0, start, keep=True)  # whole blocks of prompt, in one pass
-        for start in range(start, width, BLOCK):
-            here = slice(start, start + BLOCK)
-            live = ~done & fill[:, here].any(1)
-            for canvas in _denoise_block(backbone, x, open_, fill, here, live, look, seeds, threshold, edit_threshold,
-                                         steps or BLOCK, temperature, extra_steps):
-                yield canvas[:, :end]
-            ended = (x[:, here] == backbone.config.eos_id) & fill[:, here]
-            done |= ended.any(1) & live
-            if (done | ~fill[:, here.stop:].any(1)).all():
-                break
-            if here.stop < width:
-                look(start, here.stop, keep=True)  # once more, with the block's final tokens
-        rest = open_ & done[:, None]  # what a row did not need
-    if rest.any():
-        yield torch.where(rest, backbone.config.eos_id, x)[:, :end]
-
-
-def _denoise_block(backbone, x, open_, fill, here, live, look, seeds, threshold, edit_threshold, steps, temperature, extra_steps):
-    """The steps of one block; yields the canvas. x and open_ are changed in place: they are the caller's."""
-    quota, live, looks_without_mask = max(1, BLOCK // steps), live.clone(), torch.zeros(len(x), dtype=torch.long)
-    for step in range(BLOCK + extra_steps):
+    def step(here, live, looks, k):
+        """Look at the block once and commit. Returns the rows that want another look, and whether anything changed."""
         masks = open_[:, here] & live[:, None]
         where = masks if edit_threshold is None else fill[:, here] & live[:, None]
-        if not where.any():
-            return
-        h = look(here.start, here.stop)[where]
-        noise = memdlm.gumbel_noise(backbone, seeds, f"{here.start} {step}", where) if temperature > 0 else None
-        tokens, p = memdlm.choose(backbone, h, temperature=temperature, noise=noise)
+        noise = memdlm.gumbel_noise(backbone, seeds, f"{here.start} {k}", where) if temperature > 0 else None
+        tokens, p = memdlm.choose(backbone, forward(here.start, here.stop)[where], temperature=temperature, noise=noise)
         tokens, p = memdlm.scatter(tokens, where), memdlm.scatter(p, where)
-        best = memdlm.order(masks, -p)  # 0: the most probable open position of its row
-        commit = masks & ((p > threshold) | (best < quota))
-        change = commit
+        at_least = max(1, memdlm.quota(BLOCK, steps or BLOCK, k)) if k < (steps or BLOCK) else BLOCK
+        change = commit = masks & ((p > threshold) | (memdlm.order(masks, -p) < at_least))
+        again = (masks & ~commit).any(1)
         if edit_threshold is not None:
             change = commit | (where & ~masks & (tokens != x[:, here]) & (p > edit_threshold))
-            looks_without_mask += ~masks.any(1)
-            # A row leaves when a look without masks changed nothing, or at its limit.
-            live &= masks.any(1) | (change.any(1) & (looks_without_mask < extra_steps))
+            looks += ~masks.any(1)
+            again = masks.any(1) | (change.any(1) & (looks < extra_steps))  # until a look without masks changes nothing
         x[:, here] = torch.where(change, tokens, x[:, here])
         open_[:, here] &= ~commit
-        if change.any():
-            yield x.clone()
+        return again, bool(change.any())
+
+    start = int(given.sum(1).min()) // BLOCK * BLOCK
+    if start:
+        forward(0, start, keep=True)  # whole blocks of prompt, in one pass
+    for start in range(start, width, BLOCK):
+        here = slice(start, start + BLOCK)
+        live, looks, k = ~done & fill[:, here].any(1), torch.zeros(len(x), dtype=torch.long), 0
+        while live.any() and k < BLOCK + extra_steps:
+            live, changed = step(here, live, looks, k)
+            k += 1
+            if changed:
+                yield x[:, :end].clone()
+        done |= (torch.isin(x[:, here], stops) & fill[:, here]).any(1)
+        if (done | ~fill[:, here.stop:].any(1)).all():
+            break
+        if here.stop < width:
+            forward(start, here.stop, keep=True)  # once more, with the block's final tokens
+    rest = open_ & done[:, None]  # what a row did not need
+    if rest.any():
+        yield torch.where(rest, backbone.config.eos_id, x)[:, :end]
 
 
 # ---- 9. Memory, before anything is loaded --------------------------------------------------------------
@@ -1070,18 +1117,18 @@ def plan(config, s, length):
     trained, grain = (lora, size[s.lora_dtype]) if s.lora else (all_, wide)
     sizes = [s.lora_rank * n for m in adapted for n in (m.in_features, m.out_features)] or [p.numel() for p in network.parameters()]
     state = sum(moments(s.optimizer, n, grain) for n in sizes)
-    first, count = memdlm.first_layer(config.layers, s.layer_fraction), s.batch if s.per_sample else 1
+    first, count = memdlm.first_layer(config.layers, s.layer_fraction), s.batch if s.per_sample or s.memory_from == "prompt" else 1
     fast = [m for n, m in Backbone(network, config).matrices(first, s.scope).items()] if s.memory else []
     phi = sum(s.rank * (m.in_features + m.out_features) if s.adapter == "lora" else m.weight.numel() for m in fast) * 4 * count
     rows = s.batch * length
-    one = rows * kept_per_token(config, s, wide)
+    one, with_phi = rows * kept_per_token(config, s, wide), rows * kept_by_phi(config, wide) * s.memory
     above = config.layers - first
     h = rows * config.width * wide
     return [("weights" + (f", {many(in_4bit)} of {many(all_)} in 4-bit" if in_4bit else ""), weights),
             (f"{'LoRA' if s.lora else 'trained weights (the same as above)'}, {many(trained)}", lora * grain),
             ("their gradients", trained * grain), (f"optimiser, {s.optimizer}", state),
             ("phi, its gradient and its successor", 3 * phi),
-            (f"activations of the {above} layers with phi, {length} tokens x {s.batch}", above * one),
+            (f"activations of the {above} layers with phi, {length} tokens x {s.batch}", above * (one + with_phi)),
             ("activations of the layers below" + (", each made again when its turn comes" if s.checkpointing else ""),
              (first * h + one) if s.checkpointing else first * one),
             ("a chunk of logits: in the model's precision, in float32, log-softmax and gradient", memdlm.LOGITS * (wide + 12)),
@@ -1103,7 +1150,7 @@ def kept_per_token(config, s, wide, mask=1):
     grain = {"float32": 4, "bfloat16": 2}[s.lora_dtype]
 
     def matrix(width, adapted=True):
-        # A frozen matrix keeps nothing of its input; a LoRA keeps what dropout left of it, in its own precision, and the mask.
+        # (Of q, k and v there are three, in LLaDA2.x one.) A frozen matrix keeps nothing of its input; a LoRA keeps what dropout left of it, in its own precision, and the mask.
         if not s.lora:
             return width * wide
         return 0 if not adapted else width * (grain + mask) if s.lora_dropout else width * grain
@@ -1119,6 +1166,13 @@ def kept_per_token(config, s, wide, mask=1):
         return norms + attention + feed_forward(config.ffn)
     routed = config.top_k * (feed_forward(config.expert_ffn) + D * wide)
     return norms + attention + routed + (feed_forward(config.shared) if config.shared else 0)
+
+
+def kept_by_phi(config, wide):
+    """Bytes per token and layer that the gradient of phi needs besides: the inputs of its matrices."""
+    if not config.experts:
+        return (config.width + config.ffn) * wide
+    return (config.top_k * (config.width + config.expert_ffn) + (config.width + config.shared if config.shared else 0)) * wide
 
 
 def plan_text(parts, room=None):

@@ -95,8 +95,6 @@ class Settings(memdlm.Settings):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must lie between 0 and 1")
-        if self.lora_dtype == "bfloat16" and self.optimizer == "adamw":
-            raise ValueError("--lora-dtype bfloat16 needs --optimizer adamw8bit: plain AdamW would round small updates away")
         if self.model == "toy" and (self.load_4bit or self.from_adapter):
             raise ValueError("--load-4bit and --from-adapter are for full models; the toy trains all of its weights")
         if self.merge and not self.from_adapter:
@@ -104,6 +102,10 @@ class Settings(memdlm.Settings):
         if self.closed_book and self.data in ("languages", "python", "pydoc"):
             raise ValueError(f"--closed-book leaves no question in {self.data}; use it with --data dictionary")
 
+
+# What a full model's run sets: the paper's settings, in the memory of one GPU.
+FULL = dict(data="Yukang/LongAlpaca-12k", epochs=5.0, batch=1, accumulate=32, skip_bad=True, control=False, table_samples=0, log_every=1,
+            save_every=25, sample_every=50, eval_every=50)
 
 # What a toy run sets differently from the paper, by kind of data ("file": your own) ...
 RECIPES = {
@@ -117,8 +119,6 @@ RECIPES = {
 # ... and by what phi is written from. A phi shared by a batch of 32 writes 1/32 as much into each sample, so each has
 # its own here. Written from the response, phi holds the answers of the outer loss; trained from scratch at the
 # paper's eta of 0.1 theta comes to rely on it and is lost without. 0.003 is the strength at which it is not.
-FULL = dict(data="Yukang/LongAlpaca-12k", epochs=5.0, batch=1, accumulate=32, control=False, table_samples=0, log_every=1,
-            save_every=25, sample_every=50, eval_every=50)  # full models: the paper's settings, in the memory of one GPU
 WRITTEN_FROM = {
     "response": dict(per_sample=True, inner_lr=0.003),
     "prompt": dict(per_sample=True, inner_lr=0.3, trajectory="cover:4"),
@@ -198,7 +198,7 @@ def trained(model):
     return {name: p for name, p in model.backbone.named_parameters() if p.requires_grad}
 
 
-def save(folder, model, optimizer, step):
+def save(folder, model, optimizer, step, processes=1):
     """Weights, AdamW's moments and the step in one safetensors file: one rename, so they always belong together."""
     from safetensors.torch import save_file
     tensors = {f"model.{name}": p.detach() for name, p in trained(model).items()}
@@ -206,13 +206,13 @@ def save(folder, model, optimizer, step):
         tensors |= {f"adamw.{key}.{name}": torch.as_tensor(value) for key, value in optimizer.state.get(p, {}).items()
                     if not key.startswith("qmap")}  # the 8-bit optimisers' table of levels, the same for all
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, {"step": str(step)}))
+    write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, {"step": str(step), "processes": str(processes)}))
     if getattr(model.backbone, "has_lora", False):
         import llada
         llada.save_adapter(model.backbone, folder / "adapter")
 
 
-def load(folder, model, optimizer=None):
+def load(folder, model, optimizer=None, processes=1):
     """Fill the model (and the optimiser) from a run folder. Returns the step. ValueError if they do not fit."""
     from safetensors import SafetensorError, safe_open
     path = Path(folder) / "model.safetensors"
@@ -221,8 +221,12 @@ def load(folder, model, optimizer=None):
     try:
         with safe_open(path, "pt") as file:
             tensors, step = {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["step"])
+            before = int(file.metadata().get("processes", 1))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint of this program: {error}") from None
+    if optimizer and before != processes:
+        raise ValueError(f"{folder} was trained by {before} processes; with {processes} its steps would be others. Resume it with "
+                         f"{before}, or with --out start another run")
     named = trained(model)
     for name, p in named.items():
         saved = tensors.get(f"model.{name}")
@@ -285,14 +289,12 @@ def build_full(s, training, device, say):
     from toy.text import read_records
     config, records = llada.config_of(s.model), ([], 0)
     if training:
-        if s.load_4bit and not s.lora and not s.from_adapter:
+        if s.load_4bit and not s.lora and (s.merge or not s.from_adapter):
             raise ValueError("4-bit weights cannot be trained themselves: leave out --no-lora or --load-4bit")
         path = llada.find_data(s.data)
         records = read_records(path, llada.messages, s.skip_bad)
         room = torch.cuda.get_device_properties(device or 0).total_memory if torch.cuda.is_available() else None
         say(llada.plan_text(llada.plan(config, s, s.max_length), room))
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # float32 products, the LoRA's, on tensor cores (TF32)
     merge = s.from_adapter if s.merge else ""
     backbone = llada.load(s.model, s.load_4bit, s.dtype, device, s.attention, s.checkpointing, merge)
     if s.from_adapter and not merge:
@@ -313,6 +315,15 @@ def open_run(folder, with_data=True, **changes):
     data, model = build(s, training=with_data)
     load(folder, model)
     return s, data, model.requires_grad_(False).eval()
+
+
+def open_model(run, model, changes):
+    """A run (None: the latest), or a full model without one: settings with changes, data, model in eval mode."""
+    if not model:
+        return open_run(run or latest_run(), with_data=False, **changes)
+    s = Settings(model=model, lora=False, **changes)
+    data, memory_model = build(s, training=False)
+    return s, data, memory_model.requires_grad_(False).eval()
 
 
 # ---- The loop ------------------------------------------------------------------------------------------
@@ -434,12 +445,15 @@ class Processes:
             from accelerate.utils import DistributedDataParallelKwargs
             # Experts that no token chose have no gradient: DDP has to be told that this can happen.
             unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-            self.accelerator = Accelerator(kwargs_handlers=[unused])
+            self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[unused])  # whatever its own settings say
             self.rank, self.count = self.accelerator.process_index, self.accelerator.num_processes
             self.device = self.accelerator.device
 
     def wrap(self, model):
-        return self.accelerator.prepare(model) if self.accelerator else model
+        if not self.accelerator:
+            return model
+        self.accelerator.free_memory()  # of the run before this one
+        return self.accelerator.prepare(model)
 
     def total(self, value):
         """The sum over processes of a number or tensor."""
@@ -448,6 +462,12 @@ class Processes:
     def quiet_between(self, model, last):
         """Gradients are exchanged once per step, at its last micro-batch."""
         return contextlib.nullcontext() if last or not self.accelerator else self.accelerator.no_sync(model)
+
+
+def step_seeds(s, step, processes):
+    """For the two things that draw from the global generator, so that a resumed run draws the same: dropout, of its own on
+    each process, and rounding at random, alike on all, for nobody compares their weights again."""
+    return crc32(f"{s.seed} {step} {processes.rank}".encode()), crc32(f"{s.seed} {step} rounding".encode())
 
 
 def outer_step(s, model, batches, report, processes):
@@ -466,7 +486,7 @@ def outer_step(s, model, batches, report, processes):
         masked = record.pop("masked")
         for name, value in record.items():
             # A loss is a mean over maskable tokens, a ce one over masked tokens, `inner` one over samples; skipped is a count.
-            weight = {"l": count, "c": masked, "i": len(batch.x0), "s": 1}[name[0]]
+            weight = {"loss": count, "ce": masked, "inner": len(batch.x0), "skipped": 1}[name.removesuffix("_without")]
             total, weights = sums.get(name, (0, 0))
             sums[name] = total + weight * value, weights + weight
     totals = {name: (processes.total(value), processes.total(weights)) for name, (value, weights) in sums.items()}
@@ -498,8 +518,11 @@ def train(s, folder, resume, stop, processes):
             s = replace(s, steps=max(1, math.ceil(s.epochs * len(data.pairs["train"]) / per_step)))
             model.s = s
         parameters = [p for p in model.parameters() if p.requires_grad]
+        if parameters[0].dtype is torch.bfloat16 and s.optimizer == "adamw":
+            raise ValueError("AdamW would round small updates of bfloat16 weights away: use --dtype float32 (--lora-dtype for a "
+                             "LoRA) or --optimizer adamw8bit, which rounds at random")
         optimizer = make_optimizer(s, parameters)
-        start = load(folder, model, optimizer) if resume and (folder / "model.safetensors").exists() else 0
+        start = load(folder, model, optimizer, processes.count) if resume and (folder / "model.safetensors").exists() else 0
         if processes.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / "settings.json", lambda path: path.write_text(json.dumps(asdict(s), indent=2) + "\n"))
@@ -515,8 +538,8 @@ def train(s, folder, resume, stop, processes):
                 group["lr"] = learning_rate(s, step)
             report = step % s.log_every == 0 or step == s.steps - 1
             wrapped.train()
-            # Dropout is the one thing that draws from the global generator; seeded here, a resumed run draws the same.
-            torch.manual_seed(crc32(f"{s.seed} {step} {processes.rank}".encode()))
+            dropout, rounding = step_seeds(s, step, processes)
+            torch.manual_seed(dropout)
             mine = range(processes.rank * s.accumulate, (processes.rank + 1) * s.accumulate)
             batches = [make_batch(s, data, step, part, parts) for part in mine]
             optimizer.zero_grad()
@@ -525,16 +548,17 @@ def train(s, folder, resume, stop, processes):
             if not norm.isfinite():
                 refuse(f"step {step}: loss {float(record['loss'])} and gradient norm {norm.item()} are not finite; "
                        f"the checkpoint in {folder} is from before. Try a smaller --lr or --inner-lr")
+            torch.manual_seed(rounding)
             optimizer.step()
             bar.update()
             if report and main:
                 log(record, step, learning_rate(s, step), norm, time.perf_counter() - began, metrics, bar)
             if main:
-                look(s, data, model, step, metrics, bar)
+                show_progress(s, data, model, step, metrics, bar)
             stopping = bool(processes.total(int(stop.signal is not None)))
             if main and ((step + 1) % s.save_every == 0 or step == s.steps - 1 or stopping):
                 with one_line():
-                    save(folder, model, optimizer, step + 1)
+                    save(folder, model, optimizer, step + 1, processes.count)
             if stopping and step < s.steps - 1:
                 bar.close()
                 whole = folder.parent if folder.name == "control" else folder
@@ -555,7 +579,7 @@ def announce(s, folder, data, parameters, processes):
           f"book, {s.steps} steps of {s.batch * s.accumulate * processes.count} samples{share}", flush=True)
 
 
-def look(s, data, model, step, metrics, bar):
+def show_progress(s, data, model, step, metrics, bar):
     """Now and then: a sample, and the held-out loss."""
     model.eval()
     if s.sample_every and step % s.sample_every == s.sample_every - 1:

@@ -329,6 +329,7 @@ def extra_in_index(copy):
     (edit("config.json", num_hidden_layers=3), "have no place in the model"),
     (edit("config.json", mask_token_id=5000), "outside the vocabulary"),
     (edit("config.json", eos_token_id=257, mask_token_id=257), "same id"),
+    (edit("config.json", moe_layer_freq=0), "moe_layer_freq"),
     (lambda copy: (copy / "config.json").write_text("{"), "is not JSON"),
     (lambda copy: (copy / "config.json").unlink(), "config.json is missing"),
     (lambda copy: (copy / "model-00002-of-00002.safetensors").unlink(), "model-00002-of-00002.safetensors is missing"),
@@ -343,6 +344,19 @@ def test_what_does_not_fit_is_refused_in_one_line(folders, tmp_path, change, say
     with pytest.raises(ValueError, match=says.replace("[", r"\[")) as error:
         llada.load(broken(folders / "llada-moe", tmp_path, change))
     assert "\n" not in str(error.value)
+
+
+def test_fields_in_other_forms():
+    moe, dense, two = (llada.PUBLISHED[name] for name in ("llada-moe", "llada-8b", "llada2.1-mini"))
+    plain = llada.translate(moe)
+    moved = {k: v for k, v in moe.items() if k != "rope_theta"} | {"rope_parameters": {"rope_theta": 50000, "rope_type": "default"}}
+    assert llada.translate(moved) == plain == llada.translate(moe | {"moe_layer_freq": 1})
+    assert llada.translate(moe | {"eos_token_id": [7, 8]}).eos_id == 7
+    assert llada.translate(two).rotary_dim == 64
+    assert llada.translate({k: v for k, v in two.items() if k != "partial_rotary_factor"} | {"rotary_dim": 64}).rotary_dim == 64
+    for key in ("scale_logits", "input_emb_norm"):
+        with pytest.raises(ValueError, match=key):
+            llada.translate(dense | {key: True})
 
 
 def test_nothing_of_a_repository_is_run(folders, tmp_path):
@@ -460,7 +474,7 @@ def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(n
     weights = tiny(name).network.state_dict()
     network = llada.build_network(backbone.config)
     source = llada.merged(lambda key, shape: weights[key], str(tmp_path / "adapter"), network, name)
-    llada.fill(network, source, torch.float32, "cpu")
+    llada.load_weights(network, source, torch.float32, "cpu")
     merged = llada.Backbone(network.eval(), backbone.config)
     torch.testing.assert_close(logits(merged, batch.x0, batch.valid), expected, rtol=1e-3, atol=1e-3)
 
@@ -475,6 +489,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
              "keys do not fit": lambda c, w: w.pop("base_model.model.model.layers.0.mlp.experts.0.up_proj.lora_A.weight"),
              "1 of .* keys do not fit": lambda c, w: w.update({"base_model.model.model.layers.9.mlp.experts.0.up_proj.lora_A.weight": torch.zeros(4, 64)}),
              "adapts .*lm_head": lambda c, w: w.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}),
+             "initialised by pissa": lambda c, w: c.update(init_lora_weights="pissa"),
              "was made for x/LLaDA-MoE-Instruct": lambda c, w: c.update(base_model_name_or_path="x/LLaDA-MoE-Instruct")}
     for says, change in cases.items():
         folder = tmp_path / "changed"
@@ -489,6 +504,24 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(ValueError, match=says) as error:
             llada.load_adapter(backbone, str(folder))
         assert "\n" not in str(error.value)
+
+
+def test_the_name_of_the_base_is_compared_where_it_says_something(tmp_path):
+    backbone = random_lora(tiny("llada-moe"))
+    llada.save_adapter(backbone, tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    for theirs, ours, fits in ((None, "x/LLaDA-MoE-Base", True), ("models/my-moe", "x/LLaDA-MoE-Base", True),
+                               ("other/LLaDA-MoE-Base", "x/LLaDA-MoE-Base", True), ("other/LLaDA-MoE-Chat", "x/LLaDA-MoE-Base", False),
+                               ("x/LLaDA-MoE-Base merged with y", "x/LLaDA-MoE-Base", False),
+                               ("x/LLaDA-MoE-Base merged with y", "x/LLaDA-MoE-Base merged with y", True)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": theirs}))
+        other = tiny("llada-moe")
+        other.name = ours
+        if fits:
+            llada.load_adapter(other, str(tmp_path / "adapter"))
+        else:
+            with pytest.raises(ValueError, match="was made for"):
+                llada.load_adapter(other, str(tmp_path / "adapter"))
 
 
 def test_lora_gradients_reach_every_adapted_layer():
@@ -574,6 +607,45 @@ def test_block_diffusion_with_its_cache_equals_recomputing_everything(threshold,
             assert torch.equal(out[b:b + 1, :one.x0.shape[1]], expected)
 
 
+def test_phi_is_gone_while_decoding_pauses():
+    backbone, batch = tiny("llada2.1-mini"), rows([70])
+    plain = logits(backbone, batch.x0, batch.valid)
+    phi, _ = memdlm.adapt(backbone, Settings(), batch.x0, batch.valid, [0])
+    steps = llada.block_diffusion(backbone, Settings(), batch.x0, torch.arange(70)[None] >= 20, batch.valid, [0], phi)
+    next(steps)
+    assert torch.equal(plain, logits(backbone, batch.x0, batch.valid))
+
+
+@pytest.mark.parametrize("stop", [0, 1])
+def test_a_row_ends_with_its_turn_or_its_text(folders, stop):
+    """And what it did not need is filled up with the end of text."""
+    loaded = llada.load(str(folders / "llada2.1-mini"))
+    token = loaded.tokenizer.stop_ids[stop]
+
+    class Says(llada.Backbone):
+        looks = 0
+
+        def head(self, h):
+            self.looks += 1
+            return 9.0 * F.one_hot(torch.full(h.shape[:-1], token), self.vocab_size)
+    backbone = Says(loaded.network, loaded.config, loaded.tokenizer)
+    x, fill = torch.ones(1, 300, dtype=torch.long), torch.arange(300)[None] >= 10
+    for canvas in llada.block_diffusion(backbone, Settings(), x, fill, torch.ones_like(fill), [0]):
+        pass
+    assert backbone.looks == 1 and (canvas[0, 10:32] == token).all() and (canvas[0, 32:] == loaded.config.eos_id).all()
+
+
+def test_steps_per_block_share_the_block():
+    backbone, batch = tiny("llada2.1-mini"), rows([64])
+    fill = torch.arange(64)[None] >= 32
+    backbone.config = replace(backbone.config, eos_id=319)
+    for steps in (1, 5, 10, 20, 24, 32, 40):
+        canvases = list(llada.block_diffusion(backbone, Settings(), batch.x0, fill, batch.valid, [0], threshold=1.0, steps=steps))
+        assert len(canvases) == min(steps, 32)
+        taken = [int((a != b).sum()) for a, b in zip(canvases, canvases[1:])]
+        assert not taken or max(taken) - min(taken) <= 1
+
+
 class Stubborn(llada.Backbone):
     """Its head prefers the mask token everywhere, and otherwise a token that changes at every look."""
     looks = 0
@@ -650,9 +722,64 @@ def test_the_chat_template_splits_prompt_and_reply(folder):
     for text in ("a <|mask|> b", "<|endoftext|>", "<role>HUMAN</role>"):
         with pytest.raises(ValueError, match="special token"):
             backbone.tokenizer.chat([{"role": "user", "content": text}])
-    backbone.tokenizer.hf.chat_template = None  # a base model without one
-    prompt, reply = backbone.tokenizer.chat(llada.messages(RECORDS[0]))
-    assert backbone.tokenizer.hf.decode(prompt) == "Hi there\n\n" and reply[-1] == backbone.tokenizer.eos_id
+
+
+ALWAYS = llada.TEMPLATE.replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "")
+UNENDED = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+STRICT = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}{% endfor %}" + llada.TEMPLATE
+
+
+@pytest.mark.parametrize("template, reply", [
+    (ALWAYS, "Hello.<|role_end|>"),       # goes on with the next turn's header: not part of the reply
+    (UNENDED, "Hello.<|endoftext|>"),     # its end of turn is no token of this tokenizer: prompt and reply are joined
+    (None, "Hello.<|endoftext|>"), ("{{ raise_exception('no') }}", "Hello.<|endoftext|>")])
+def test_templates_that_other_models_come_with(folders, tmp_path, template, reply):
+    folder = tmp_path / "model"
+    shutil.copytree(folders / "llada-moe", folder)
+    (folder / "chat_template.jinja").unlink()
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    backbone = llada.load(str(folder))
+    prompt, ids = backbone.tokenizer.chat(llada.messages(RECORDS[0]))
+    decode = backbone.tokenizer.hf.decode
+    assert decode(ids) == reply and ids[-1] in backbone.tokenizer.stop_ids
+    assert backbone.tokenizer.templated == (template == ALWAYS)
+    assert decode(prompt) == ("<role>HUMAN</role>Hi there<|role_end|><role>ASSISTANT</role>" if template == ALWAYS else "Hi there\n\n")
+    data = llada.ChatData(backbone, [llada.messages(RECORDS[0])] * 3)
+    assert ("no usable chat template" in data.note) == (template != ALWAYS)
+
+
+def test_a_template_that_refuses_a_role_is_one_line(folders, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folders / "llada-moe", folder)
+    (folder / "chat_template.jinja").write_text(STRICT)
+    tokenizer = llada.load(str(folder)).tokenizer
+    assert tokenizer.templated
+    with pytest.raises(ValueError, match="refuses these messages: no system role"):
+        tokenizer.chat(llada.messages(RECORDS[4]))
+
+
+def test_only_tokens_with_a_meaning_are_refused_in_text(folders, tmp_path):
+    """The published tokenizers have 262 added tokens; [CLS] in a paper on NLP is no reason to drop it."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders / "llada-moe", folder)
+    from transformers import PreTrainedTokenizerFast
+    fast = PreTrainedTokenizerFast.from_pretrained(folder)
+    fast.add_special_tokens({"cls_token": "[CLS]", "bos_token": "<|startoftext|>"})
+    fast.save_pretrained(folder)
+    tokenizer = llada.load(str(folder)).tokenizer
+    assert tokenizer.chat([{"role": "user", "content": "a [CLS] b"}])
+    for token in ("<|mask|>", "<|endoftext|>", "<|role_end|>", "<role>", "</role>", "<|startoftext|>"):
+        with pytest.raises(llada.SpecialToken, match="special token"):
+            tokenizer.chat([{"role": "user", "content": f"a {token} b"}])
+
+
+def test_the_models_mask_is_the_tokenizers_mask(folders, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folders / "llada-moe", folder)
+    edit("config.json", mask_token_id=260)(folder)
+    backbone = llada.load(str(folder))
+    assert backbone.mask_id == backbone.tokenizer.mask_id == 260
 
 
 def test_filter_truncation_split_and_summary(folders):

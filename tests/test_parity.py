@@ -70,7 +70,7 @@ def backbone_of(family, lora=False):
     config = llada.translate(raw)
     with torch.device("meta"):
         network = llada.build_network(config)
-    llada.fill(network, tensor, torch.float32, "cpu")
+    llada.load_weights(network, tensor, torch.float32, "cpu")
     assert used == weights.keys(), "a recorded weight has no place"
     backbone = llada.Backbone(network, config)
     for p in backbone.parameters():
