@@ -206,7 +206,8 @@ def save(folder, model, optimizer, step, processes=1):
         tensors |= {f"adamw.{key}.{name}": torch.as_tensor(value) for key, value in optimizer.state.get(p, {}).items()
                     if not key.startswith("qmap")}  # the 8-bit optimisers' table of levels, the same for all
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, {"step": str(step), "processes": str(processes)}))
+    state = {"state": json.dumps({"step": step, "processes": processes})}  # one entry: their order in the file is random
+    write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, state))
     if getattr(model.backbone, "has_lora", False):
         import llada
         llada.save_adapter(model.backbone, folder / "adapter")
@@ -220,8 +221,8 @@ def load(folder, model, optimizer=None, processes=1):
         raise ValueError(f"{path}: no such file; the run saved nothing yet")
     try:
         with safe_open(path, "pt") as file:
-            tensors, step = {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["step"])
-            before = int(file.metadata().get("processes", 1))
+            tensors, state = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["state"])
+            step, before = int(state["step"]), int(state["processes"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint of this program: {error}") from None
     if optimizer and before != processes:
