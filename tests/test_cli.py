@@ -125,7 +125,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(cli, tmp_path, monkeypatch):
         if saved:
             Path(path).write_bytes(b"half a file")
             raise OSError(28, "No space left on device")
-        saved.append(metadata["step"])
+        saved.append(str(json.loads(metadata["state"])["step"]))
         real(tensors, path, metadata)
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     code, _, err = cli(train, *TINY, "--no-control", "--out", "r")
