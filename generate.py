@@ -185,20 +185,20 @@ def decoding(arguments, model):
     return both | other
 
 
-def respond(s, data, model, samples, arguments, truth=None):
+def respond(s, data, model, samples, arguments, truth=None, texts=None):
     """Decode, without memory and (with --adapt) with it, and print, play or write the results."""
     options = decoding(arguments, model)
     both = [answer(s, data, model, samples, memory, options) for memory in ([False, True] if arguments.adapt else [False])]
-    for sample, *answers in zip(samples, *both):
-        show(s, data, sample, answers, arguments, truth)
+    texts = texts or [data.tokenizer.decode(sample.prompt) for sample in samples]
+    for sample, prompt, *answers in zip(samples, texts, *both):
+        show(s, data, sample, prompt.strip(), answers, arguments, truth)
 
 
-def show(s, data, sample, answers, arguments, truth):
+def show(s, data, sample, prompt, answers, arguments, truth):
     joiner = " " if data.words else ""
     if arguments.show:
         play(answers, joiner, arguments.delay)
     book = " (the decoder does not see it)" if s.closed_book else ""
-    prompt = data.tokenizer.decode(sample.prompt)
     print(f"prompt{book}: {prompt if len(prompt) < 400 else prompt[:180] + ' [...] ' + prompt[-180:]}")
     if not all(sample.answer):
         shown = ["?" if gap else data.tokenizer.decode([token]) for token, gap in zip(sample.rest, sample.answer)]
@@ -241,7 +241,7 @@ def chat(s, data, model, arguments):
         except ValueError as error:
             print(f"error: {error}")
             continue
-        respond(s, data, model, [sample], arguments)
+        respond(s, data, model, [sample], arguments, texts=[prompt if asks else line])
 
 
 def parse():
@@ -300,7 +300,7 @@ def main():
             truth = [t for t, gap in zip(samples[0].rest, samples[0].answer) if gap]
         else:
             samples = [data.ask(text, arguments.question, arguments.length) for text in texts]
-        respond(s, data, model, samples, arguments, truth)
+        respond(s, data, model, samples, arguments, truth, texts)
 
 
 if __name__ == "__main__":

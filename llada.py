@@ -1131,7 +1131,8 @@ def plan(config, s, length):
             (f"activations of the {above} layers with phi, {length} tokens x {s.batch}", above * (one + with_phi)),
             ("activations of the layers below" + (", each made again when its turn comes" if s.checkpointing else ""),
              (first * h + one) if s.checkpointing else first * one),
-            ("a chunk of logits: in the model's precision, in float32, log-softmax and gradient", memdlm.LOGITS * (wide + 12)),
+            ("a chunk of logits: in the model's precision, in float32, log-softmax and gradient",
+             min(memdlm.LOGITS, rows * config.vocab_size) * (wide + 12)),
             ("CUDA's own, and what fragments", 1.0 * 2**30)]
 
 
