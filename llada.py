@@ -1202,13 +1202,10 @@ TEMPLATE = ("{% for m in messages %}{{ '<role>' + {'system': 'SYSTEM', 'user': '
             "{% if add_generation_prompt %}{{ '<role>ASSISTANT</role>' }}{% endif %}")
 
 
-def write_tiny(name, folder, seed=0, shards=2):
-    """A random model of a few hundred thousand weights in the hub's layout: config, sharded safetensors, tokenizer of bytes."""
-    from safetensors.torch import save_file
+def byte_tokenizer():
+    """A tokenizer of bytes, with the special tokens and a chat template like the published one's."""
     from tokenizers import Tokenizer as Fast, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|endoftext|>", "<|mask|>", "<|role_end|>", "<role>", "</role>"]
     tokenizer = Fast(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -1216,6 +1213,14 @@ def write_tiny(name, folder, seed=0, shards=2):
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[0], mask_token=special[1],
                                    additional_special_tokens=special[2:])
     fast.chat_template = TEMPLATE
+    return fast
+
+
+def write_tiny(name, folder, seed=0, shards=2):
+    """A random model of a few hundred thousand weights in the hub's layout: config, sharded safetensors, tokenizer of bytes."""
+    from safetensors.torch import save_file
+    folder, fast = Path(folder), byte_tokenizer()
+    folder.mkdir(parents=True, exist_ok=True)
     fast.save_pretrained(folder)
     ids = fast.get_added_vocab()
     raw = PUBLISHED[name] | TINY[name] | {"mask_token_id": ids["<|mask|>"], "eos_token_id": ids["<|endoftext|>"]}
