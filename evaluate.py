@@ -7,6 +7,7 @@
                                               the ratio, as a table and exposure.png
     python evaluate.py --tasks ruler_vt,babilong_qa1 --lengths 4096,8192 --adapt --model ... --load-4bit
                                               tasks of lm-evaluation-harness, by generate.py's decoder
+    python evaluate.py --paper                the paper's tables, with our scores beside them
     python evaluate.py lm_eval run --model memdlm --model_args run=runs/a,adapt=True --tasks ...
                                               lm-evaluation-harness's own command line
 
@@ -26,7 +27,7 @@ import os
 import signal
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -377,6 +378,13 @@ class Harness:
     def get_model_info(self):
         return {"adapt": self.adapt, "settings": asdict(self.s)}
 
+    def method(self):
+        """What a score belongs to: the model, trained with memory or not, adapted or not, and what is not the paper's default."""
+        defaults = memdlm.Settings()
+        other = {f.name: getattr(self.s, f.name) for f in fields(defaults) if getattr(self.s, f.name) != getattr(defaults, f.name)}
+        family = getattr(self.backbone, "family", "toy")
+        return {"model": family, "memory": self.s.memory, "adapt": self.adapt, "other": other}
+
     def ids(self, text, room):
         """The prompt's tokens; with max_length its last ones, so that `room` more fit."""
         ids = self.tokenizer.encode(text)
@@ -582,7 +590,7 @@ def run_tasks(tasks, lengths, out, limit=None, num_fewshot=None, chat=False, inc
                 tracker.save_results_aggregated(results=results, samples=samples)
                 for name, rows in samples.items():
                     tracker.save_results_samples(task_name=name, samples=rows)
-                rows = [row | {"length": length, "adapt": model.adapt} for row in read_scores(results, length)]
+                rows = [row | {"length": length, **model.method()} for row in read_scores(results, length)]
                 print_scores(rows)
                 scores += rows
                 write_whole(out / "scores.json", lambda path: path.write_text(json.dumps(scores, indent=1) + "\n"))
@@ -610,6 +618,40 @@ def print_scores(rows):
               f"{', adapted to each prompt' if row['adapt'] else ''})")
 
 
+# ---- The paper's tables, with ours beside them -------------------------------------------------------------
+
+METHODS = {(False, False): "MDLM", (True, False): "train-only", (True, True): "train & inference",
+           (False, True): "MDLM, adapted"}  # the last one is the control that the paper lacks
+
+
+def paper_tables(folder):
+    """Each of the paper's tables: its numbers and, from every scores.json below the folder, ours. Blank where not run."""
+    paper = json.loads((Path(__file__).parent / "results" / "paper.json").read_text())
+    ours = [row for path in sorted(Path(folder).rglob("scores.json")) for row in json.loads(path.read_text())]
+
+    def found(model, method, column, other):
+        """The newest of our scores for a cell, in percent."""
+        _, task, length, metric = column
+        values = [r["value"] for r in ours if r["model"] == model and METHODS[r["memory"], r["adapt"]] == method and
+                  (r["task"], r["length"], r["metric"]) == (task, length, metric) and
+                  {k: v for k, v in r["other"].items() if k != "memory"} == other]
+        return f"{100 * values[-1]:.2f}" if values else "-"
+
+    for table in paper["tables"]:
+        print(f"\n{table['name']} (percent; paper / ours)\n")
+        print("| method | " + " | ".join(column[0] for column in table["columns"]) + " |\n|---" + "|---" * len(table["columns"]) + "|")
+        for method in (*table["rows"], "MDLM, adapted"):
+            numbers = table["rows"].get(method, [None] * len(table["columns"]))
+            cells = [f"{'-' if x is None else f'{x:.2f}'} / {found(table['model'], method, column, {})}"
+                     for x, column in zip(numbers, table["columns"])]
+            print(f"| {method} | " + " | ".join(cells) + " |")
+    ablations = paper["ablations"]
+    print(f"\n{ablations['name']} (percent)\n\n| variant | paper | ours |\n|---|---|---|")
+    for name, other, value in ablations["rows"]:
+        print(f"| {name} | {value:.1f} | {found(ablations['model'], 'train & inference', ablations['column'], other)} |")
+    print(f"\nOurs: {len(ours)} scores from {folder}, written by --tasks.")
+
+
 def lm_eval_command():
     """lm_eval's own command line, with our models under the name `memdlm`."""
     from lm_eval.__main__ import cli_evaluate
@@ -625,6 +667,8 @@ def parse():
     parser.add_argument("--picture", metavar="FILE", help="also draw the table there")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
     parser.add_argument("--exposure", action="store_true", help="the exposure-bias curves instead of the table")
+    parser.add_argument("--paper", nargs="?", const="results", metavar="FOLDER", help="the paper's tables with our scores beside "
+                        "them, from the scores.json files in a folder [default results]")
     parser.add_argument("--out", help="picture of --exposure [exposure.png], folder of --tasks [results/lm_eval]")
     tasks = parser.add_argument_group("lm-evaluation-harness")
     tasks.add_argument("--tasks", help="its tasks, separated by commas: ruler_vt, ruler_cwe, niah_multivalue, babilong_qa1, "
@@ -656,6 +700,8 @@ def main():
     with one_line():
         if arguments.samples < 2:
             raise ValueError(f"--samples is {arguments.samples}; it must be at least 2")
+        if arguments.paper:
+            return paper_tables(arguments.paper)
         if arguments.tasks:
             lengths = [int(x) for x in arguments.lengths.split(",")]
             if len(arguments.runs) > 1:

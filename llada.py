@@ -476,6 +476,10 @@ class Backbone(nn.Module):
         return self.network.get_base_model() if self.has_lora else self.network
 
     @property
+    def family(self):
+        return FAMILIES[self.config.family].name
+
+    @property
     def has_lora(self):
         return hasattr(self.network, "peft_config")
 

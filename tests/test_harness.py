@@ -180,3 +180,19 @@ def test_chat_template_and_refusals(place, cli):
     code, _, err = cli(evaluate, place / "run", "--tasks", "no_such_task")  # the harness warns of its own first
     assert code == 2 and "error: lm-evaluation-harness has no task 'no_such_task'" in err
     assert "one run or one --model" in refused(cli(evaluate, place / "run", place / "run", "--tasks", "babilong_qa1"))
+
+
+def test_the_papers_tables_with_ours_beside_them(tmp_path, capsys):
+    score = {"model": "LLaDA-MoE", "task": "ruler_vt", "length": 4096, "metric": "4096", "value": 0.5, "samples": 9, "other": {}}
+    baba = score | {"task": "babilong_longctx", "length": 1024, "metric": "acc", "memory": True, "adapt": True}
+    rows = [score | {"memory": False, "adapt": False, "other": {"memory": False}}, score | {"memory": True, "adapt": True, "value": 0.75},
+            score | {"memory": False, "adapt": True, "value": 0.25, "other": {"memory": False}}, baba | {"value": 0.61, "other": {"clip": "none"}},
+            score | {"memory": True, "adapt": True, "value": 0.99, "other": {"inner_lr": 0.3}}]  # another eta: not the paper's row
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/scores.json").write_text(json.dumps(rows))
+    evaluate.paper_tables(tmp_path)
+    out = capsys.readouterr().out.splitlines()
+    cells = lambda start: next(line for line in out if line.startswith(f"| {start} |")).split(" | ")
+    assert cells("MDLM")[3] == "99.40 / 50.00" and cells("train-only")[3] == "99.52 / -"
+    assert cells("train & inference")[3] == "99.60 / 75.00" and cells("MDLM, adapted")[3] == "- / 25.00"
+    assert "| clipping: none | 68.2 | 61.00 |" in out and "| default | 68.4 | - |" in out
