@@ -1028,6 +1028,16 @@ def _shuffled(name, n):
 
 # ---- 8. Block diffusion, the decoder of LLaDA2.x -------------------------------------------------------
 
+def _whole_blocks(x, fill, valid, mask_id):
+    """Rows filled up to the end of their last block, which is decoded whole, as in training, also where less of it was asked
+    for -> canvas, given, fill, each [B, whole blocks]."""
+    width = -(-int(valid.sum(1).max()) // BLOCK) * BLOCK
+    pad, last = (0, width - x.shape[1]), (-(-valid.sum(1) // BLOCK) * BLOCK)[:, None]  # [B, 1] end of each row's last block
+    given, place = F.pad(valid & ~fill, pad), torch.arange(width)
+    fill = ~given & (place < last) & (place >= given.sum(1, keepdim=True))
+    return torch.where(fill, mask_id, F.pad(x, pad)), given, fill
+
+
 @torch.no_grad()
 def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95, edit_threshold=None, steps=None,
                     temperature=0.0, extra_steps=16):
@@ -1043,13 +1053,9 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
     follows the prompt in each row; blocks count from the start of the row, so rows of different lengths share the grid.
     A row is done after the block in which it says its end token; the rest of it is filled with that.
     """
-    end, width = int(valid.sum(1).max()), -(-int(valid.sum(1).max()) // BLOCK) * BLOCK
-    pad = (0, width - x.shape[1])
-    # The last block is decoded whole, as in training, also where less of it was asked for.
-    last = (-(-valid.sum(1) // BLOCK) * BLOCK)[:, None]  # [B, 1] end of each row's last block
-    given, done = F.pad(valid & ~fill, pad), ~fill.any(1)  # done: nothing (more) is wanted of this row
-    fill = ~given & (torch.arange(width) < last) & (torch.arange(width) >= given.sum(1, keepdim=True))
-    x, open_, past = torch.where(fill, backbone.mask_id, F.pad(x, pad)), fill.clone(), Past()
+    end, done, past = int(valid.sum(1).max()), ~fill.any(1), Past()  # done: nothing (more) is wanted of this row
+    x, given, fill = _whole_blocks(x, fill, valid, backbone.mask_id)
+    open_, width = fill.clone(), x.shape[1]
     stops = torch.tensor(backbone.tokenizer.stop_ids if backbone.tokenizer else [backbone.config.eos_id])
 
     def forward(start, stop, keep=False):

@@ -562,13 +562,18 @@ def train(s, folder, resume, stop, processes):
                     save(folder, model, optimizer, step + 1, processes.count)
             if stopping and step < s.steps - 1:
                 bar.close()
-                whole = folder.parent if folder.name == "control" else folder
-                if main:
-                    print(f"stopped after step {step + 1} and saved; go on with: python train.py --resume {whole}")
-                sys.exit(128 + (stop.signal or signal.SIGTERM))
+                leave(folder, step, stop, main)
     if main:
         picture(folder)
     return time.perf_counter() - began
+
+
+def leave(folder, step, stop, main):
+    """After Ctrl-C or SIGTERM, with everything saved."""
+    whole = folder.parent if folder.name == "control" else folder
+    if main:
+        print(f"stopped after step {step + 1} and saved; go on with: python train.py --resume {whole}")
+    sys.exit(128 + (stop.signal or signal.SIGTERM))
 
 
 def announce(s, folder, data, parameters, processes):
@@ -582,8 +587,8 @@ def announce(s, folder, data, parameters, processes):
 
 def show_progress(s, data, model, step, metrics, bar):
     """Now and then: a sample, and the held-out loss."""
-    model.eval()
     if s.sample_every and step % s.sample_every == s.sample_every - 1:
+        model.eval()
         bar.write(example(s, data, model, step + 1))
     if s.eval_every and (step % s.eval_every == s.eval_every - 1 or step == s.steps - 1):
         values = held_out(s, data, model)
