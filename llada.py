@@ -1191,9 +1191,11 @@ def plan_text(parts, room=None):
     total = sum(size for _, size in parts)
     lines = [f"  {size / 2**30:7.2f} GiB  {what}" for what, size in parts] + [f"  {total / 2**30:7.2f} GiB  together"]
     if room is not None and total > room:
-        lines.append(f"  that is more than the {room / 2**30:.1f} GiB of this GPU. What helps, in this order: --load-4bit, "
-                     "--checkpointing, --batch 1 with more --accumulate, --optimizer adamw8bit, --lora-dtype bfloat16 with it, "
-                     "--max-length 2048, --lora-rank 16, --lora-scope attention")
+        lines.append(f"  more than the {room / 2**30:.1f} GiB of {'this' if torch.cuda.is_available() else 'such a'} GPU. What helps, in "
+                     "this order: --load-4bit, --checkpointing, --batch 1 with more --accumulate, --optimizer adamw8bit, "
+                     "--lora-dtype bfloat16 with it, --max-length 2048, --lora-rank 16, --lora-scope attention")
+    elif room is not None:
+        lines.append(f"  fits into {room / 2**30:.1f} GiB")
     return "\n".join(["memory planned:", *lines])
 
 

@@ -670,7 +670,8 @@ def show_plan(s):
     import llada
     if s.model == "toy":
         raise ValueError("--plan is for full models; the toy takes a few hundred megabytes")
-    print(llada.plan_text(llada.plan(llada.config_of(s.model), s, s.max_length)))
+    room = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 24 * 2**30
+    print(llada.plan_text(llada.plan(llada.config_of(s.model), s, s.max_length), room))
 
 
 def main():

@@ -165,13 +165,15 @@ def test_epochs_set_the_number_of_steps(cli, here, tiny):
 
 def test_plan_and_bench(cli, tmp_path):
     code, out, _ = cli(train, "--model", "llada-moe", "--load-4bit", "--plan")
-    total = float(out.splitlines()[-1].split()[0])
+    total = float(out.splitlines()[-2].split()[0])
+    assert torch.cuda.is_available() or "fits into 24.0 GiB" in out
     assert code == 0 and 12 < total < 22, "LLaDA-MoE fits 24 GB as the paper trained it"
     flags = ["--model", "llada2.1-mini", "--load-4bit", "--plan"]
-    default = float(cli(train, *flags)[1].splitlines()[-1].split()[0])
-    fitted = float(cli(train, *flags, "--optimizer", "adamw8bit", "--lora-dtype", "bfloat16")[1].splitlines()[-1].split()[0])
+    default = float(cli(train, *flags)[1].splitlines()[-2].split()[0])
+    fitted = float(cli(train, *flags, "--optimizer", "adamw8bit", "--lora-dtype", "bfloat16")[1].splitlines()[-2].split()[0])
     assert default > 30 and fitted < 23
     assert "what helps" in llada.plan_text([("weights", 30 * 2**30)], 24 * 2**30).lower()
+    assert "fits into 24.0 GiB" in llada.plan_text([("weights", 3 * 2**30)], 24 * 2**30)
     assert "helps" not in llada.plan_text([("weights", 3 * 2**30)], 24 * 2**30)
     code, out, _ = cli(bench, "--model", "llada-moe", "--random", "--tiny", "--length", "64", "--repeats", "1", "--new-tokens", "4",
                        "--json", "o.json")
@@ -237,3 +239,17 @@ def test_output_ends_at_the_end_of_turn(tiny, monkeypatch):
         monkeypatch.setattr(memdlm, "denoise", lambda b, s, x, fill, *a, **k: iter([x.masked_scatter(fill, wanted)]))
         text = generate.answer(s, data, model, [sample], False, {"seed": 0})[0].text
         assert text == ("abc" if cut else "abcdef")
+
+
+def test_a_data_set_of_the_hub_is_the_one_json_file_in_it(tmp_path, monkeypatch):
+    import huggingface_hub
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.append((name, k["repo_type"])) or str(tmp_path))
+    (tmp_path / "LongAlpaca-12k.json").write_text(json.dumps([{"instruction": "a", "output": "b", "input": None, "file": "x"}]))
+    path = llada.find_data("Yukang/LongAlpaca-12k")
+    assert asked == [("Yukang/LongAlpaca-12k", "dataset")] and Path(path).name == "LongAlpaca-12k.json"
+    from toy.text import read_records
+    assert read_records(path, llada.messages) == ([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], 0)
+    (tmp_path / "more.jsonl").write_text("")
+    with pytest.raises(ValueError, match="has 2 JSON files"):
+        llada.find_data("Yukang/LongAlpaca-12k")
