@@ -258,8 +258,7 @@ class Past:
 
     def extend(self, layer, k, v):
         if layer in self.pairs:
-            old_k, old_v = (x[:, :, :self.length] for x in self.pairs[layer])
-            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+            k, v = (torch.cat([old, new], dim=2) for old, new in zip(self.pairs[layer], (k, v)))
         if self.keep:
             self.pairs[layer] = k, v
         return k, v

@@ -87,9 +87,12 @@ def test_stop_strings_and_long_prompts(place, monkeypatch):
     assert model.tokenizer.decode(model.ids("abc", 4)) == "abc" and model.cut == 1
 
 
-def test_likelihood_by_monte_carlo_against_all_masks(place):
-    """n = 3: the mean over k = 1..3 and all masks of k of the three tokens, of n / k times the loss at them."""
-    model = asked(place, mc_samples=3000, batch_size=100)
+def test_likelihood_by_monte_carlo_against_all_masks(place, monkeypatch):
+    """n = 3: the mean over k = 1..3 and all masks of k of the three tokens, of n / k times the loss at them. The losses are
+    made up, so that what else is masked matters a lot."""
+    monkeypatch.setattr(memdlm, "response_nll", lambda backbone, s, x0, masked, valid, phi=None: masked * masked.sum(
+        1, keepdim=True) ** 2 * torch.arange(masked.shape[1]) * (1 if phi is None else 2))
+    model = asked(place, mc_samples=4000, batch_size=100)
     (value, greedy), = model.loglikelihood(requests(("What is it? ", "It.")), disable_tqdm=True)
     prompt, rest = (model.tokenizer.encode(t) for t in ("What is it? ", "It."))
     x0, exact = torch.tensor([prompt + rest]), 0.0
@@ -99,7 +102,7 @@ def test_likelihood_by_monte_carlo_against_all_masks(place):
             masked[0, [len(prompt) + i for i in chosen]] = True
             nll = memdlm.response_nll(model.backbone, model.s, x0, masked, torch.ones_like(masked)).sum()
             exact -= float(nll) * 3 / k / 3 / math.comb(3, k)
-    assert value == pytest.approx(exact, rel=0.01) and greedy is False
+    assert value == pytest.approx(exact, rel=0.03) and greedy is False
     said = model.generate_until(requests(("What is it? ", {"max_gen_toks": 3})), disable_tqdm=True)[0]
     assert len(model.tokenizer.encode(said)) != 3 or model.loglikelihood(requests(("What is it? ", said)), disable_tqdm=True)[0][1]
     again, = model.loglikelihood(requests(("What is it? ", "It.")), disable_tqdm=True)
@@ -151,7 +154,7 @@ def test_longbench_and_the_harness_command_line(place, tmp_path):
 def test_a_ruler_task_that_cannot_fit_ends_in_one_line(place, tmp_path):
     code, said, err = run_here(place, ["--model", place / "llada-moe", "--tasks", "ruler_vt", "--lengths", "1024", "--wait", "8",
                                             "--out", tmp_path / "o"])
-    assert code == 2 and err.strip().splitlines()[-1].startswith("error: the task's samples were not made in time")
+    assert code == 2 and "error: the task's samples were not made in time" in err and "Traceback" not in err
 
 
 def test_ruler_reports_lengths_that_it_did_not_measure_and_these_are_left_out():

@@ -462,6 +462,7 @@ def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(n
     llada.save_adapter(backbone, tmp_path / "adapter")
     assert {p.name for p in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     keys = load_file(tmp_path / "adapter/adapter_model.safetensors").keys()
+    assert not any(key.startswith(f"base_model.model.{llada.FAMILIES[backbone.config.family].head}.") for key in keys)
     if name == "llada-moe":
         assert "base_model.model.model.layers.3.mlp.experts.5.up_proj.lora_A.weight" in keys
         assert ("base_model.model.model.layers.3.mlp.gate.lora_A.weight" in keys) == router
