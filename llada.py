@@ -1228,7 +1228,8 @@ def byte_tokenizer():
 
 
 def write_tiny(name, folder, seed=0, shards=2):
-    """A random model of a few hundred thousand weights in the hub's layout: config, sharded safetensors, tokenizer of bytes."""
+    """A random model of a few hundred thousand weights in the hub's layout: config, sharded safetensors, tokenizer of bytes; with
+    pairs.jsonl to train on."""
     from safetensors.torch import save_file
     folder, fast = Path(folder), byte_tokenizer()
     folder.mkdir(parents=True, exist_ok=True)
@@ -1248,10 +1249,12 @@ def write_tiny(name, folder, seed=0, shards=2):
     index = {"metadata": {"total_size": size}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (folder / "config.json").write_text(json.dumps(raw, indent=1))
+    pairs = [{"prompt": f"What is {a} plus {b}?", "response": f"{a} plus {b} is {a + b}."} for a in range(10) for b in range(6)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n")
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in TINY:
         sys.exit(f"usage: python llada.py {{{','.join(TINY)}}} FOLDER   writes a tiny random model in the hub's layout")
     write_tiny(sys.argv[1], sys.argv[2])
-    print(f"{sys.argv[2]}: a tiny {sys.argv[1]}; try: python train.py --model {sys.argv[2]} --data my.jsonl --load-4bit")
+    print(f"{sys.argv[2]}: a tiny {sys.argv[1]}; try: python train.py --model {sys.argv[2]} --data {sys.argv[2]}/pairs.jsonl --load-4bit")

@@ -381,8 +381,8 @@ def test_the_commands_of_the_readme_run(command, trained, tmp_path):
             make_adapter(tmp_path, arguments)
     elif "--tasks" in arguments:
         return  # needs data from the hub; tests/test_harness.py runs such commands on local data
-    elif "runs/tiny-llada-moe-my" in arguments:
-        subprocess.run([sys.executable, ROOT / "train.py", "--model", tiny_folder(tmp_path, "tiny-llada-moe"), "--data", "my.jsonl",
+    elif "runs/tiny-llada-moe-pairs" in arguments:
+        subprocess.run([sys.executable, ROOT / "train.py", "--model", tiny_folder(tmp_path, "tiny-llada-moe"), "--data", "tiny-llada-moe/pairs.jsonl",
                         *TINY, *FULL_TINY], cwd=tmp_path, check=True, capture_output=True)
     elif script in ("bench.py", "llada.py") or "--plan" in arguments:
         small = small if script == "bench.py" else []
