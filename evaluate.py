@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 import memdlm
-from generate import INNER, LOADING, MODES, until_eos
+from generate import INNER, LOADING, MODES, reply_text
 from toy.data import collate
 from toy.tasks import Sample
 from train import (Settings, add_flags, control, decoder, latest_run, one_line, open_model, open_run, pyplot, read_settings,
@@ -434,12 +434,8 @@ class Harness:
         for x in decoder(self.backbone)(self.backbone, self.s, batch.x0, batch.maskable, batch.valid, batch.seeds,
                                         self.phi(batch), steps=self.steps or None, **options):
             pass
-        stops = getattr(self.tokenizer, "stop_ids", [self.tokenizer.eos_id])
         for row, fill in zip(x, batch.maskable):
-            ids = row[fill].tolist()
-            for stop in stops:
-                ids = until_eos(ids, stop)
-            yield self.tokenizer.decode(ids)
+            yield reply_text(self.tokenizer, row[fill].tolist())
 
     def loglikelihood(self, requests, disable_tqdm=False):
         """[(log p(continuation | context), would greedy decoding say it)], the former by Monte Carlo."""
@@ -511,10 +507,10 @@ def task_manager(tasks, metadata, include):
     folder = Path(lm_eval.tasks.__file__).parent
     paths = [str(folder / name) for name in FAMILY] + ([include] if include else [])
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=paths, metadata=metadata)
-    known = {name for name in manager.all_tasks}
+    known = set(manager.all_tasks)
     if not set(tasks) <= known:
         manager = lm_eval.tasks.TaskManager(include_path=include, metadata=metadata)
-        known = {name for name in manager.all_tasks}
+        known = set(manager.all_tasks)
     if unknown := sorted(set(tasks) - known):
         raise ValueError(f"lm-evaluation-harness has no task {unknown[0]!r}; python evaluate.py lm_eval ls tasks lists them")
     return manager
@@ -576,7 +572,7 @@ def run_tasks(tasks, lengths, out, limit=None, num_fewshot=None, chat=False, inc
     given = {name: str(value) for name, value in model_args.items() if value is not None}
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = plain_tokenizer(model, Path(scratch) / "tokenizer")
-        if any(task.startswith(("niah", "ruler")) for task in tasks):
+        if any(family(task) == "ruler" for task in tasks):
             punctuation_tables(Path(scratch) / "nltk")
         for task in tasks:
             for length in lengths if family(task) in ("ruler", "babilong") else [None]:

@@ -64,10 +64,15 @@ def one_answer(data, label, canvases, fill, losses):
     def frames():
         return [frame(data.tokenizer, now, before, fill) for now, before in zip(canvases, canvases[:1] + canvases)]
 
-    ids = [t for t, gap in zip(canvases[-1], fill) if gap]
-    for stop in getattr(data.tokenizer, "stop_ids", [data.tokenizer.eos_id]):
+    text = reply_text(data.tokenizer, [t for t, gap in zip(canvases[-1], fill) if gap])
+    return Answer(label, text, frames, losses)
+
+
+def reply_text(tokenizer, ids):
+    """The text of decoded tokens, up to the first that ends a reply."""
+    for stop in getattr(tokenizer, "stop_ids", [tokenizer.eos_id]):
         ids = until_eos(ids, stop)
-    return Answer(label, data.tokenizer.decode(ids), frames, losses)
+    return tokenizer.decode(ids)
 
 
 def until_eos(ids, eos_id):

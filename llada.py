@@ -642,26 +642,29 @@ def random_source(device, seed=0):
     return tensor
 
 
+def quantisable(network, config):
+    """{name: nn.Linear} of the blocks but the router: what --load-4bit quantises."""
+    return {name: m for name, m in network.named_modules() if type(m) is nn.Linear and name != FAMILIES[config.family].head
+            and not name.endswith("mlp.gate")}
+
+
 def to_4bit(network, config, dtype):
     """Replace every linear layer of the blocks but the router by bitsandbytes' nf4 with double quantisation."""
     try:
         import bitsandbytes as bnb
     except ImportError:
         raise ValueError("--load-4bit needs bitsandbytes, which is not installed: pip install bitsandbytes") from None
-    kept, count = FAMILIES[config.family].head, 0
-    for path, module in list(network.named_modules()):
-        for name, child in list(module.named_children()):
-            full = f"{path}.{name}".lstrip(".")
-            if type(child) is nn.Linear and full != kept and not full.endswith("mlp.gate"):
-                new = bnb.nn.Linear4bit(child.in_features, child.out_features, bias=False, compute_dtype=dtype,
-                                        compress_statistics=True, quant_type="nf4", device="meta")
-                # On some CPUs bitsandbytes switches in eval mode to a fused product that has no gradient: adapting to
-                # a prompt would silently do nothing.
-                new.support_avx512bf16_for_cpu = False
-                setattr(module, name, new)
-                count += 1
-    if not count:
+    found = quantisable(network, config)
+    if not found:
         raise ValueError("--load-4bit found no linear layer to quantise")
+    for path, old in found.items():
+        new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=dtype, compress_statistics=True,
+                                quant_type="nf4", device="meta")
+        # On some CPUs bitsandbytes switches in eval mode to a fused product that has no gradient: adapting to a prompt would
+        # silently do nothing.
+        new.support_avx512bf16_for_cpu = False
+        place, _, name = path.rpartition(".")
+        setattr(network.get_submodule(place), name, new)
 
 
 def load_weights(network, source, dtype, device):
@@ -1099,8 +1102,7 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
             break
         if here.stop < width:
             forward(start, here.stop, keep=True)  # once more, with the block's final tokens
-    rest = open_ & done[:, None]  # what a row did not need
-    if rest.any():
+    if (rest := open_ & done[:, None]).any():  # what a row did not need
         yield torch.where(rest, backbone.config.eos_id, x)[:, :end]
 
 
@@ -1117,7 +1119,7 @@ def plan(config, s, length):
     size = {"float32": 4, "bfloat16": 2, "auto": 2}
     wide = size[s.dtype]
     head = FAMILIES[config.family].head
-    small = {n: m for n, m in linears.items() if s.load_4bit and n != head and not n.endswith("mlp.gate")}
+    small = quantisable(network, config) if s.load_4bit else {}
     in_4bit, all_ = sum(m.weight.numel() for m in small.values()), sum(p.numel() for p in network.parameters())
     weights = (all_ - in_4bit) * wide + in_4bit * (4 + 8 / 64 + 32 / (64 * 256)) / 8  # nf4: a byte per 64, a float per 64 * 256
     targets = lora_targets(config, s.lora_scope, s.lora_router) if s.lora else []
@@ -1160,7 +1162,7 @@ def kept_per_token(config, s, wide, mask=1):
     grain = {"float32": 4, "bfloat16": 2}[s.lora_dtype]
 
     def matrix(width, adapted=True):
-        # (Of q, k and v there are three, in LLaDA2.x one.) A frozen matrix keeps nothing of its input; a LoRA keeps what dropout left of it, in its own precision, and the mask.
+        # A frozen matrix keeps nothing of its input; a LoRA keeps what dropout left of it, in its own precision, and the mask.
         if not s.lora:
             return width * wide
         return 0 if not adapted else width * (grain + mask) if s.lora_dropout else width * grain
@@ -1171,6 +1173,7 @@ def kept_per_token(config, s, wide, mask=1):
 
     norms = 2 * D * 4 + (0 if config.family == "llada" else (q + kv) * 4)  # their inputs, in float32
     attention = 4 * q * wide  # queries, keys and values of every head, and the output
+    # The output matrix, and those of q, k and v: three, in LLaDA2.x one.
     attention += matrix(q) + matrix(D) * (1 if config.family == "llada2" else 3)
     if not config.experts:
         return norms + attention + feed_forward(config.ffn)
