@@ -1040,6 +1040,11 @@ def _whole_blocks(x, fill, valid, mask_id):
     return torch.where(fill, mask_id, F.pad(x, pad)), given, fill
 
 
+def _scheduled(steps, k):
+    """How many positions of a block are committed at look k at the least: with so many steps it is full."""
+    return max(1, memdlm.quota(BLOCK, steps, k)) if k < steps else BLOCK
+
+
 @torch.no_grad()
 def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95, edit_threshold=None, steps=None,
                     temperature=0.0, extra_steps=16):
@@ -1050,10 +1055,9 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
     replaced where the model prefers another one by more than this (LLaDA2.1's editing; its Speed mode is 0.5 / 0.0, Quality
     0.7 / 0.5); the block is finished when nothing changes any more, at the latest after `extra_steps` looks without masks.
 
-    Finished blocks never change and do not look ahead, so their keys and values are kept: a step computes 32 positions
-    whatever stands before. That is exact because what is kept was computed from a block's final tokens. fill is what
-    follows the prompt in each row; blocks count from the start of the row, so rows of different lengths share the grid.
-    A row is done after the block in which it says its end token; the rest of it is filled with that.
+    Finished blocks never change and do not look ahead, so their keys and values, computed from their final tokens, are kept and
+    exact: a step computes 32 positions. fill is what follows the prompt in each row; blocks count from the start of the row,
+    so rows of different lengths share the grid. A row is done after the block in which it says its end; the rest is that.
     """
     end, done, past = int(valid.sum(1).max()), ~fill.any(1), Past()  # done: nothing (more) is wanted of this row
     x, given, fill = _whole_blocks(x, fill, valid, backbone.mask_id)
@@ -1075,7 +1079,7 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
         noise = memdlm.gumbel_noise(backbone, seeds, f"{here.start} {k}", where) if temperature > 0 else None
         tokens, p = memdlm.choose(backbone, forward(here.start, here.stop)[where], temperature=temperature, noise=noise)
         tokens, p = memdlm.scatter(tokens, where), memdlm.scatter(p, where)
-        at_least = max(1, memdlm.quota(BLOCK, steps or BLOCK, k)) if k < (steps or BLOCK) else BLOCK
+        at_least = _scheduled(steps or BLOCK, k)
         change = commit = masks & ((p > threshold) | (memdlm.order(masks, -p) < at_least))
         again = (masks & ~commit).any(1)
         if edit_threshold is not None:
@@ -1086,15 +1090,13 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
         open_[:, here] &= ~commit
         return again, bool(change.any())
 
-    start = int(given.sum(1).min()) // BLOCK * BLOCK
-    if start:
+    if start := int(given.sum(1).min()) // BLOCK * BLOCK:
         forward(0, start, keep=True)  # whole blocks of prompt, in one pass
     for start in range(start, width, BLOCK):
         here = slice(start, start + BLOCK)
         live, looks, k = ~done & fill[:, here].any(1), torch.zeros(len(x), dtype=torch.long), 0
         while live.any() and k < BLOCK + extra_steps:
-            live, changed = step(here, live, looks, k)
-            k += 1
+            (live, changed), k = step(here, live, looks, k), k + 1
             if changed:
                 yield x[:, :end].clone()
         done |= (torch.isin(x[:, here], stops) & fill[:, here]).any(1)
