@@ -8,6 +8,7 @@
     python evaluate.py --tasks ruler_vt,babilong_qa1 --lengths 4096,8192 --adapt --model ... --load-4bit
                                               tasks of lm-evaluation-harness, by generate.py's decoder
     python evaluate.py --paper                the paper's tables, with our scores beside them
+    python evaluate.py --paper toy            every claim of the paper on the toy, with controls and verdicts: a report
     python evaluate.py lm_eval run --model memdlm --model_args run=runs/a,adapt=True --tasks ...
                                               lm-evaluation-harness's own command line
 
@@ -38,8 +39,8 @@ import memdlm
 from generate import INNER, LOADING, MODES, reply_text
 from toy.data import collate
 from toy.tasks import Sample
-from train import (Settings, add_flags, control, decoder, latest_run, one_line, open_model, open_run, pyplot, read_settings,
-                   write_whole)
+from train import (COLORS, Settings, add_flags, control, decoder, latest_run, one_line, open_model, open_run, pyplot,
+                   read_settings, write_whole)
 
 CHUNK = 50  # samples measured at once
 
@@ -95,26 +96,37 @@ def rows_for(s, changes):
 
 # ---- Measuring ----------------------------------------------------------------------------------------
 
-def measure(model, s, source, batch, metric):
-    """One number per sample, [B]: share of answer tokens right after decoding, or nats per masked answer token."""
+def noised(model, batch, metric):
+    """t, xt, masked of held-out samples, the same for every model: everything masked for decoding, else noise as in training."""
     t = memdlm.uniform(batch.seeds, "t", 1)[:, 0]
     u = memdlm.uniform(batch.seeds, "anchor", batch.x0.shape[1])
-    masked = memdlm.at_least_one(batch.maskable, u, t[:, None])  # so that every sample has a loss
-    if metric == "accuracy":
-        masked = batch.maskable
-    xt = torch.where(masked, model.backbone.mask_id, batch.x0)
-    phi = {"nothing": lambda: None,
-           "prompt": lambda: phi_of_prompt(model, s, batch),
-           "another": lambda: phi_of_prompt(model, s, batch, shift=1),
-           "answers": lambda: phi_of_answers(model, s, batch, t, xt, masked)}[source]()
-    if metric == "nats":
-        nll = memdlm.response_nll(model.backbone, s, batch.x0, masked, batch.valid, phi)
-        return nll.sum(1) / masked.sum(1)
-    canvas = xt
-    for canvas in memdlm.denoise(model.backbone, s, batch.x0, masked, batch.valid, batch.seeds, phi):
+    masked = batch.maskable if metric == "accuracy" else memdlm.at_least_one(batch.maskable, u, t[:, None])  # so that each has a loss
+    return t, torch.where(masked, model.backbone.mask_id, batch.x0), masked
+
+
+def written(model, s, source, batch, *anchor):
+    """The phi of a row of the table; anchor: t, xt and masked, from which that of the answers is written."""
+    return {"nothing": lambda: None,
+            "prompt": lambda: phi_of_prompt(model, s, batch),
+            "another": lambda: phi_of_prompt(model, s, batch, shift=1),
+            "answers": lambda: phi_of_answers(model, s, batch, *anchor)}[source]()
+
+
+def answered(model, s, batch, phi):
+    """[B, L] bool: answer tokens that decoding got right."""
+    canvas = batch.x0
+    for canvas in memdlm.denoise(model.backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi):
         pass
-    right = (canvas == batch.x0) & masked
-    return right.sum(1) / masked.sum(1)
+    return (canvas == batch.x0) & batch.maskable
+
+
+def measure(model, s, source, batch, metric):
+    """One number per sample, [B]: share of answer tokens right after decoding, or nats per masked answer token."""
+    t, xt, masked = noised(model, batch, metric)
+    phi = written(model, s, source, batch, t, xt, masked)
+    if metric == "nats":
+        return memdlm.response_nll(model.backbone, s, batch.x0, masked, batch.valid, phi).sum(1) / masked.sum(1)
+    return answered(model, s, batch, phi).sum(1) / masked.sum(1)
 
 
 def run_values(folder, samples, changes):
@@ -268,7 +280,11 @@ def panel(folders, samples=100, changes=None, save_to=None, picture=None):
         panel_picture(data, groups, picture)
 
 
-COLORS = {"nothing": "#BBBBBB", "its": "#0072B2", "another": "#E69F00", "the": "#CC79A7"}  # by first word of the row
+def bar_color(memory, label):
+    """By the first word of the row: what phi is written from."""
+    return {"nothing": COLORS["train-only" if memory else "MDLM"], "its": COLORS["train & inference" if memory else "MDLM, adapted"],
+            "another": "#56B4E9", "the": COLORS["answers"]}[label.split()[0]]
+
 
 
 def panel_picture(data, groups, path):
@@ -284,17 +300,17 @@ def panel_picture(data, groups, path):
         for i, label in enumerate(labels):
             means, errors = zip(*cells(data, group, label))
             x = [column + (i - (len(labels) - 1) / 2) * 0.8 / len(labels) for column in range(len(means))]
-            ax.bar(x, means, 0.8 / len(labels), yerr=errors, label=label, color=COLORS[label.split()[0]],
+            ax.bar(x, means, 0.8 / len(labels), yerr=errors, label=label, color=bar_color(group.s.memory, label),
                    alpha=1 if label in group.roles.values() else 0.45, error_kw={"linewidth": 0.8})
         ax.set_title(kind_of(group.s), fontsize=10)
         ax.set_xticks(range(len(data.columns)), list(data.columns))
         ax.set_ylabel("share of answers right" if data.metric == "accuracy" else "change in nats per token (less is better)")
         ax.set_xlabel(columns_mean(data))
-        ax.legend(frameon=False, fontsize=8, title="phi written from", title_fontsize=8, ncol=2,
+        ax.legend(fontsize=8, title="phi written from", title_fontsize=8, ncol=2,
                   loc="upper center", bbox_to_anchor=(0.5, -0.16))
     if data.metric == "accuracy":
         axes[0][0].set_ylim(0, 1.05)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
     plt.close(figure)
     print(f"picture in {path}")
 
@@ -314,7 +330,9 @@ def exposure(folders, samples, out):
             phi = phi_of_prompt(model, row.s, batch) if row.source == "prompt" else None
             losses = memdlm.exposure_bias(model.backbone, row.s, batch.x0, batch.maskable, batch.valid, batch.seeds,
                                           RATIOS, phi)
-            curves[f"{folder}: {row.label}"] = {name: value.mean(1).tolist() for name, value in losses.items()}
+            curve = {name: value.mean(1).tolist() for name, value in losses.items()}
+            kind = {"alone": "train-only", "own": "train & inference"} if s.memory else {"alone": "MDLM", "own": "MDLM, adapted"}
+            curves[f"{folder}: {row.label}"] = curve | {"color": COLORS[kind[row.role]]}
     print("Loss against the truth, mean nats per masked token. static: true context; sequential: the model's own "
           "guesses;\nmatched: true context at the positions that the sequential path left open.\n")
     for label, curve in curves.items():
@@ -333,14 +351,15 @@ def exposure_picture(curves, out):
     if plt is None:
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for (label, curve), color in zip(curves.items(), plt.get_cmap("cividis")([0, 0.35, 0.65, 0.9] * len(curves))):
+    for label, curve in curves.items():
+        color = curve["color"]
         left.plot(RATIOS, [a / b for a, b in zip(curve["sequential"], curve["static"])], color=color, label=label)
         right.plot(RATIOS, curve["static"], color=color, linestyle="--")
         right.plot(RATIOS, curve["sequential"], color=color)
     left.set(xlabel="mask ratio (decoding goes right)", ylabel="sequential / static loss", xlim=(1, 0.1))
     right.set(xlabel="mask ratio", ylabel="nats per masked token (dashed: static)", xlim=(1, 0.1))
-    left.legend(frameon=False, fontsize=7)
-    figure.savefig(out, dpi=120)
+    left.legend(fontsize=7)
+    figure.savefig(out)
     plt.close(figure)
     print(f"picture in {out}")
 
@@ -664,8 +683,12 @@ def parse():
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
     parser.add_argument("--exposure", action="store_true", help="the exposure-bias curves instead of the table")
     parser.add_argument("--paper", nargs="?", const="results", metavar="FOLDER", help="the paper's tables with our scores beside "
-                        "them, from the scores.json files in a folder [default results]")
-    parser.add_argument("--out", help="picture of --exposure [exposure.png], folder of --tasks [results/lm_eval]")
+                        "them, from the scores.json files in a folder [default results]; or 'toy': its claims on the toy, in under two hours")
+    parser.add_argument("--quick", action="store_true", help="with --paper toy: shorter runs, under ten minutes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="with --paper toy: runs at a time, a thread each [default all cores]")
+    parser.add_argument("--seeds", type=int, help="with --paper toy [default 5, quick 3]")
+    parser.add_argument("--out", help="picture of --exposure [exposure.png], folder of --tasks [results/lm_eval] and "
+                        "--paper toy [runs/paper]")
     tasks = parser.add_argument_group("lm-evaluation-harness")
     tasks.add_argument("--tasks", help="its tasks, separated by commas: ruler_vt, ruler_cwe, niah_multivalue, babilong_qa1, "
                        "babilong_longctx, longbench_trec ...")
@@ -696,6 +719,11 @@ def main():
     with one_line():
         if arguments.samples < 2:
             raise ValueError(f"--samples is {arguments.samples}; it must be at least 2")
+        if arguments.paper == "toy":
+            if min(arguments.jobs, arguments.seeds or 1) < 1:
+                raise ValueError("--jobs and --seeds must be at least 1")
+            from toy.paper import paper_toy
+            return paper_toy(arguments.quick, arguments.jobs, arguments.seeds, arguments.out or "runs/paper")
         if arguments.paper:
             return paper_tables(arguments.paper)
         if arguments.tasks:

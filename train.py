@@ -61,6 +61,8 @@ class Settings(memdlm.Settings):
     save_every: int = setting(100, "steps between checkpoints")
     sample_every: int = setting(100, "steps between printed samples, 0 for none")
     table_samples: int = setting(100, "held-out samples per cell of the table at the end, 0 for no table")
+    from_run: str = setting("", "start from the weights of this run folder, to fine-tune them on other data")
+    toy_lora: bool = setting(False, "toy: keep the weights of --from-run and train a LoRA on them, as full models do")
     threads: int = setting(0, "CPU threads, 0 for PyTorch's choice")
     eval_every: int = setting(0, "steps between evaluations on held-out samples, 0 for none")
     eval_samples: int = setting(32, "held-out samples in an evaluation")
@@ -97,6 +99,10 @@ class Settings(memdlm.Settings):
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must lie between 0 and 1")
         if self.model == "toy" and (self.load_4bit or self.from_adapter):
             raise ValueError("--load-4bit and --from-adapter are for full models; the toy trains all of its weights")
+        if self.toy_lora and (self.model != "toy" or not self.from_run):
+            raise ValueError("--toy-lora is for a toy that starts --from-run")
+        if self.from_run and self.model != "toy":
+            raise ValueError("--from-run is for the toy; a full model starts --from-adapter")
         if self.merge and not self.from_adapter:
             raise ValueError("--merge needs --from-adapter")
         if self.closed_book and self.data in ("languages", "python", "pydoc"):
@@ -111,6 +117,7 @@ FULL = dict(data="Yukang/LongAlpaca-12k", epochs=5.0, batch=1, accumulate=32, sk
 RECIPES = {
     "dictionary": dict(memory_from="prompt", layers=1, steps=1000, lr=3e-3),
     "languages": dict(steps=350, lr=3e-3),
+    "prose": dict(steps=350, lr=1e-3),
     "retrieval": dict(steps=2000, lr=3e-3),
     "python": dict(steps=500, batch=16, lr=3e-3, prompt_length=128, response_length=32),
     "pydoc": dict(steps=500, batch=16, lr=3e-3, prompt_length=128, response_length=32),
@@ -281,7 +288,16 @@ def build(s, training=True, device=None, say=print):
     from toy.model import ToyConfig, ToyDLM
     data = ToyData(s.data, s.prompt_length, s.response_length, s.skip_bad)
     config = ToyConfig(data.tokenizer.vocab_size, data.tokenizer.mask_id, s.width, s.layers, s.heads)
-    return data, MemDLM(ToyDLM(config, s.seed), s)
+    model = MemDLM(ToyDLM(config, s.seed), s)
+    if s.toy_lora:
+        from peft import LoraConfig, inject_adapter_in_model
+        load(s.from_run, model)
+        model.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):  # PEFT draws A from the global generator
+            torch.manual_seed(s.seed)
+            inject_adapter_in_model(LoraConfig(r=s.lora_rank, lora_alpha=s.lora_alpha, lora_dropout=s.lora_dropout,
+                                               target_modules=list(model.backbone.matrices(0, "ffn+attn"))), model.backbone)
+    return data, model
 
 
 def build_full(s, training, device, say):
@@ -523,6 +539,8 @@ def train(s, folder, resume, stop, processes):
             raise ValueError("AdamW would round small updates of bfloat16 weights away: use --dtype float32 (--lora-dtype for a "
                              "LoRA) or --optimizer adamw8bit, which rounds at random")
         optimizer = make_optimizer(s, parameters)
+        if s.from_run and not s.toy_lora:
+            load(s.from_run, model)
         start = load(folder, model, optimizer, processes.count) if resume and (folder / "model.safetensors").exists() else 0
         if processes.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -608,6 +626,10 @@ def log(record, step, lr, norm, seconds, metrics, bar):
     metrics.write(json.dumps({"step": step, **values, "lr": lr, "grad_norm": norm.item(), "seconds": seconds}) + "\n")
 
 
+# The same thing has the same colour in every picture; seen apart by the colour-blind too.
+COLORS = {"MDLM": "#8C8C8C", "MDLM, adapted": "#000000", "train-only": "#E69F00", "train & inference": "#0072B2", "answers": "#CC79A7"}
+
+
 def pyplot():
     """matplotlib, or None with a word on how to get it: pictures are worth having, not worth stopping for."""
     try:
@@ -617,6 +639,8 @@ def pyplot():
         return None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.frameon": False,
+                         "axes.titlesize": 10, "savefig.dpi": 120, "lines.linewidth": 1.3})
     return plt
 
 
@@ -627,10 +651,10 @@ def picture(folder):
         return
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    label = "with memory (phi has seen these answers)" if "inner" in lines[0] else "no memory"
+    label, kind = ("with memory (phi has seen these answers)", "answers") if "inner" in lines[0] else ("no memory", "MDLM")
     if "inner" in lines[0] and read_settings(folder).memory_from == "prompt":
-        label = "with memory of the prompt"
-    for key, text, color in (("ce", label, "#0072B2"), ("ce_without", "without memory (theta alone)", "#D55E00")):
+        label, kind = "with memory of the prompt", "train & inference"
+    for key, text, color in (("ce", label, COLORS[kind]), ("ce_without", "without memory (theta alone)", COLORS["train-only"])):
         points = [(line["step"], line[key]) for line in lines if key in line]
         held = [(line["step"], line["held_out_" + key]) for line in lines if "held_out_" + key in line]
         if points:
@@ -638,8 +662,8 @@ def picture(folder):
         if held:
             axes.plot(*zip(*held), "o-", color=color, linewidth=1.2, markersize=4, label=text + ", held out")
     axes.set(xlabel="step", ylabel="nats per masked token", ylim=(0, None))
-    axes.legend(frameon=False)
-    figure.savefig(folder / "loss.png", dpi=120)
+    axes.legend()
+    figure.savefig(folder / "loss.png")
     plt.close(figure)
 
 

@@ -116,7 +116,7 @@ def test_same_seed_same_sample_and_other_seed_other_sample(name):
 
 
 @pytest.mark.parametrize("name, low", [
-    ("dictionary", 2), ("languages", 1), ("multivalue", 16), ("tracking", 16),
+    ("dictionary", 2), ("languages", 1), ("prose", 1), ("multivalue", 16), ("tracking", 16),
     ("commonwords", 18), ("location", 16),
 ])
 def test_shortest_length_works_and_less_is_refused(name, low):
@@ -183,6 +183,20 @@ def test_languages_have_two_successors_of_three_quarters_and_one_quarter():
             assert following in follow[symbol]
         tables.add(str(sorted(follow)))
     assert abs(usual / total - 0.75) < 0.02 and len(tables) == 10
+
+
+def test_prose_is_one_language_for_all_samples():
+    follow = defaultdict(Counter)
+    for seed in range(40):
+        prompt, visible, answer = parts(tasks.prose(random.Random(seed), 1000))
+        assert len(answer) == 16 and not visible
+        for word, following in zip(prompt, prompt[1:] + answer[:1]):
+            follow[word][following] += 1
+    assert set(follow) == set(tasks.WORDS.words[4:]) - set(tokenizer.SYMBOLS)
+    usual = sum(max(counts.values()) for counts in follow.values())
+    total = sum(sum(counts.values()) for counts in follow.values())
+    assert abs(usual / total - 0.9) < 0.01
+    assert len({counts.most_common(1)[0][0] for counts in follow.values()}) == len(follow)  # a permutation
 
 
 def test_multivalue():

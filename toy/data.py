@@ -15,6 +15,7 @@ COLUMNS = {  # what a panel's columns are: label -> keywords of the task
     "dictionary": {f"{length} x{rep}": {"length": length, "rep": rep}
                    for length, rep in ((16, 1), (16, 2), (32, 1), (32, 2), (64, 1), (64, 2), (64, 4))},
     "languages": {f"{length}": {"length": length} for length in LENGTHS},
+    "prose": {f"{length}": {"length": length} for length in LENGTHS},
     "retrieval": {f"{task} {length}": {"task": task, "length": length}
                   for task in tasks.RETRIEVAL for length in LENGTHS},
 }
@@ -91,7 +92,7 @@ class ToyData:
             raise ValueError("the prompt is empty; give some text with --prompt or --file")
         if len(ids) > room:
             raise ValueError(f"the prompt has {len(ids)} tokens but this model's window for it is {room}; shorten it")
-        usual = {"dictionary": 1, "languages": 16, "retrieval": 1}.get(self.kind, self.response_length)
+        usual = {"dictionary": 1, "languages": 16, "prose": 16, "retrieval": 1}.get(self.kind, self.response_length)
         if self.words:
             words = question.split()
             visible = [SEP] if words else []

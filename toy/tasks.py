@@ -7,10 +7,11 @@ measure of memory. All randomness comes from the `random.Random` that the caller
 Lengths are counted in tokens, which here are words.
 """
 
+import random
 from typing import NamedTuple
 
 from toy.tokenizer import (
-    FILLER, KEYS, NUMBERS, PEOPLE, PLACES, SEP, SYMBOLS, VALUES, VARIABLES, Words,
+    FILLER, KEYS, NUMBERS, PEOPLE, PLACES, SEP, SPECIALS, SYMBOLS, VALUES, VARIABLES, Words,
 )
 
 WORDS = Words()
@@ -70,6 +71,26 @@ def languages(rng, length, response=16):
     while len(walk) < length + response:
         usual, rare = successors[walk[-1]]
         walk.append(usual if rng.random() < 0.75 else rare)
+    ids = WORDS.encode(" ".join(walk))
+    return Sample(ids[:length], ids[length:], [True] * response)
+
+
+# What follows what in `prose`: one language for all samples, so that it can be learned by heart.
+_PROSE_WORDS = [word for word in WORDS.words[len(SPECIALS):] if word not in SYMBOLS]
+_AFTER = dict(zip(_PROSE_WORDS, random.Random("prose").sample(_PROSE_WORDS, len(_PROSE_WORDS))))
+
+
+def prose(rng, length, response=16):
+    """Text to fine-tune on: a walk through one fixed language that uses the words of all tasks.
+
+    Each word has one usual successor (.9), otherwise any word follows. Nothing about it stands in the prompt but the last
+    word, and learning it disturbs what the model knew of these words.
+    """
+    _within("prose: length", length, 1)
+    _within("prose: response", response, 1)
+    walk = [rng.choice(_PROSE_WORDS)]
+    while len(walk) < length + response:
+        walk.append(_AFTER[walk[-1]] if rng.random() < 0.9 else rng.choice(_PROSE_WORDS))
     ids = WORDS.encode(" ".join(walk))
     return Sample(ids[:length], ids[length:], [True] * response)
 
@@ -169,7 +190,7 @@ def exact(sample, predicted_rest):
 
 TASKS = {
     task.__name__: task
-    for task in (dictionary, languages, multivalue, tracking, commonwords, location)
+    for task in (dictionary, languages, prose, multivalue, tracking, commonwords, location)
 }
 RETRIEVAL = ("dictionary", "multivalue", "tracking", "commonwords", "location")
 
@@ -182,6 +203,7 @@ CURRICULUM = {
         (1.0, [{"length": length, "rep": rep} for length in (16, 32) for rep in (1, 2)]),
     ],
     "languages": [(1.0, [{"length": 32}])],
+    "prose": [(1.0, [{"length": 32}])],
     "multivalue": _GROWING,
     "tracking": _GROWING,
     "commonwords": _GROWING,

@@ -1,0 +1,146 @@
+"""The paper's claims as differences between runs, and the verdicts that statistics give. Nothing here is judged by hand."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Two-sided 95 % quantile of Student's t, by degrees of freedom; more than 9 count as 9, which errs on the careful side.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+FLAT = 0.02  # "the same" means within this, with 95 % confidence
+
+
+class Claim(NamedTuple):
+    """`text` says that the first (run, measure) is more, less or the same as the second."""
+    place: str     # in the paper, or "control": a question that the paper leaves out
+    text: str
+    first: tuple
+    second: tuple
+    expect: str    # more, less, same
+
+
+def claims():
+    one, two = ("memdlm", "mdlm"), ("scratch memdlm", "scratch mdlm")
+    table = []
+
+    def say(place, text, first, second, expect):
+        table.append(Claim(place, text, first, second, expect))
+
+    for place, where, what in (("Table 1", "in", "at trained lengths"), ("Table 2", "beyond", "at 2 and 4 times the trained length")):
+        on, off, base, other = (one[0], f"{where} adapted"), (one[0], f"{where} alone"), (one[1], f"{where} alone"), (one[0], f"{where} another")
+        say(place, f"train-only retrieves more than MDLM, {what}", off, base, "more")
+        say(place, f"train & inference retrieves more than train-only, {what}", on, off, "more")
+        say(place, f"train & inference retrieves more than MDLM, {what}", on, base, "more")
+        say("control", "... and more than MDLM with the same adaptation", on, (one[1], f"{where} adapted"), "more")
+        say("control", "... and more than with phi of another prompt", on, other, "more")
+        say("control", "MDLM retrieves more when adapted to its prompt", (one[1], f"{where} adapted"), base, "more")
+
+    for runs, how in ((two, "from scratch"), (one, "tuned")):
+        memory, plain = runs
+        say("Fig. 3", f"train-only has a lower exposure-bias ratio than MDLM, {how}", (memory, "ratio alone"), (plain, "ratio alone"), "less")
+        say("Fig. 3", f"train & inference has a lower ratio than train-only, {how}", (memory, "ratio adapted"), (memory, "ratio alone"), "less")
+        say("control", "... at matched positions, train-only against MDLM", (memory, "ratio matched alone"), (plain, "ratio matched alone"), "less")
+        say("control", "... with a lower static loss, too", (memory, "static alone"), (plain, "static alone"), "less")
+        say("control", "dividing MDLM's logits by 3 lowers the ratio too, with decoding unchanged", (plain, "ratio cooled"), (plain, "ratio alone"), "less")
+    for runs, how in ((two, "from scratch"), (one, "tuned")):
+        memory, plain = runs
+        say("Fig. 4", f"lower training loss, as published: measured with phi of the answers, {how}", (memory, "train"), (plain, "train"), "less")
+        say("Fig. 4", f"lower evaluation loss, as published: with phi of the answers, {how}", (memory, "nats answers"), (plain, "nats alone"), "less")
+        say("control", "... without phi, on the training samples", (memory, "train alone"), (plain, "train"), "less")
+        say("control", "... without phi, on held-out samples", (memory, "nats alone"), (plain, "nats alone"), "less")
+        say("control", "... without phi, in the first half of training (converges faster)", (memory, "train alone, first half"), (plain, "train alone, first half"), "less")
+    say("4.5", "adapting a MemDLM to its prompt lowers the loss, from scratch", (two[0], "nats adapted"), (two[0], "nats alone"), "less")
+    say("control", "adapting a plain MDLM does so too", (two[1], "nats adapted"), (two[1], "nats alone"), "less")
+    say("control", "MemDLM adapted is better than MDLM adapted alike", (two[0], "nats adapted"), (two[1], "nats adapted"), "less")
+    say("control", "... and than MDLM given the same compute, adapted alike", (two[0], "nats adapted"), ("scratch mdlm, same compute", "nats adapted"), "less")
+    say("control", "MDLM gains more from four masks that cover the prompt than from the paper's two", (two[1], "nats cover"), (two[1], "nats adapted"), "less")
+
+    short = "in alone"
+    say("Fig. 5", "tuning an MDLM costs retrieval that the base had", (one[1], short), ("base", short), "less")
+    say("Fig. 5", "MemDLM, train-only, retrieves more than the base", (one[0], short), ("base", short), "more")
+    say("Fig. 5", "MemDLM, train & inference, retrieves more than the base", (one[0], "in adapted"), ("base", short), "more")
+    say("control", "MDLM keeps more at half the learning rate", ("mdlm, lr x 0.5", short), (one[1], short), "more")
+    say("control", "MemDLM keeps more than MDLM at half the learning rate", (one[0], short), ("mdlm, lr x 0.5", short), "more")
+    say("control", "MemDLM keeps more than MDLM after half the steps", (one[0], short), ("mdlm, half the steps", short), "more")
+
+    best = (one[0], "in adapted")
+    for name, text in (("kl", "KL"), ("reverse_kl", "reverse KL"), ("hidden_cosine", "hidden cosine"), ("hidden_mse", "hidden MSE")):
+        say("Fig. 6", f"cross-entropy in the inner loop is better than {text}", best, (name, "in adapted"), "more")
+    for name, text in (("all layers", "all layers"), ("ffn+attn", "FFN and attention"), ("full rank", "a full-rank delta")):
+        say("Fig. 7", f"the last layer's FFN is better than {text}", best, (name, "in adapted"), "more")
+    say("Fig. 7", "a full-rank delta reaches a lower training loss", ("full rank", "train"), (one[0], "train"), "less")
+    for name, text in (("clip global", "global clipping"), ("clip 0.5", "a threshold of 0.5"), ("clip 2", "a threshold of 2")):
+        say("4.4", f"local clipping at 1 is better than {text}", best, (name, "in adapted"), "more")
+    say("4.4", "without clipping it is about as good", best, ("no clip", "in adapted"), "same")
+    say("4.4", "a pre-anchor scale of 1.5 is better than 1.25", best, ("s_pre 1.25", "in adapted"), "more")
+    for scale in ("1.75", "2"):
+        say("4.4", f"... and about as good as {scale}", best, (f"s_pre {scale}", "in adapted"), "same")
+    for ratio in (0.4, 0.6, 0.8):
+        say("Fig. 8", f"an anchor ratio of {ratio} at inference is about as good as 0.2", (one[0], f"in anchor {ratio}"), (one[0], "in anchor 0.2"), "same")
+    say("Fig. 9", "the consistent trajectory has a lower training loss than the inconsistent one", (one[0], "train"), ("inconsistent", "train"), "less")
+    say("Fig. 9", "... and retrieves more", best, ("inconsistent", "in adapted"), "more")
+    for name, text in (("anchor only", "the anchor stage alone"), ("pre only", "the pre-anchor stage alone"),
+                       ("pre only, anchor tokens", "the pre-anchor stage alone, anchor tokens"), ("anchor tokens", "both with Eq. 7 to the letter")):
+        say("Fig. 10", f"two stages with clean targets are better than {text}", best, (name, "in adapted"), "more")
+    for k in (3, 4):
+        say("Fig. 11", f"{k} inner steps lower the training loss", (f"K={k}", "train"), (one[0], "train"), "less")
+        say("Fig. 11", f"... and retrieve less than 2", (f"K={k}", "in adapted"), best, "less")
+
+    own = ("closed memdlm", "recall cover")
+    say("4.2", "phi holds the prompt: closed book, own phi recalls more than none", own, ("closed memdlm", "recall alone"), "more")
+    say("control", "... than phi of another prompt", own, ("closed memdlm", "recall cover another"), "more")
+    say("control", "... than a closed-book MDLM", own, ("closed mdlm", "recall alone"), "more")
+    say("control", "... than that MDLM adapted at inference only (learning to adapt matters)", own, ("closed mdlm", "recall cover"), "more")
+    say("control", "... than the paper's two masks at inference", own, ("closed memdlm", "recall paper's masks"), "more")
+    say("4.2", "phi relieves attention: recalls more than attention that sees the prompt", own, ("open mdlm", "recall alone"), "more")
+    return table
+
+
+def value(results, place):
+    """A measure of a run, one number per seed; None where there is none."""
+    run, key = place
+    return [seed.get(key) if seed else None for seed in results.get(run, [])]
+
+
+def summary(numbers):
+    """Mean, its standard error (nan for one number) and half the width of its 95 % interval."""
+    n = len(numbers)
+    mean = sum(numbers) / n
+    if n == 1:
+        return mean, float("nan"), float("inf")
+    error = (sum((x - mean) ** 2 for x in numbers) / (n - 1) / n) ** 0.5
+    return mean, error, T95[min(n - 1, 9)] * error
+
+
+def paired(results, first, second):
+    """Differences between two measures, seed by seed, where both are there."""
+    pairs = zip(value(results, first), value(results, second))
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def verdict(differences, expect):
+    """reproduced, reversed or not reproduced: whether the 95 % interval of the mean lies on the claimed side of zero, on the
+    other, or on both. "same" is reproduced if it lies within +-FLAT, reversed if wholly outside."""
+    if len(differences) < 2:
+        return "not run"
+    mean, _, half = summary(differences)
+    low, high = mean - half, mean + half
+    if expect == "same":
+        return "reproduced" if -FLAT <= low and high <= FLAT else "reversed" if low > FLAT or high < -FLAT else "not reproduced"
+    if expect == "less":
+        low, high = -high, -low
+    return "reproduced" if low > 0 else "reversed" if high < 0 else "not reproduced"
+
+
+def judged(results):
+    """A row per claim: place, text, both means, mean difference, standard error, interval, seeds on the claimed side, verdict."""
+    out = []
+    for claim in claims():
+        differences = paired(results, claim.first, claim.second)
+        row = {"place": claim.place, "claim": claim.text, "expect": claim.expect, "verdict": verdict(differences, claim.expect),
+               "first": list(claim.first), "second": list(claim.second), "differences": differences}
+        if differences:
+            mean, error, half = summary(differences)
+            sign = {"more": 1, "less": -1}.get(claim.expect)
+            agree = sum(abs(x) <= FLAT if sign is None else x * sign > 0 for x in differences)
+            row |= {"mean": mean, "error": error, "interval": [mean - half, mean + half], "agree": f"{agree} of {len(differences)}"}
+        out.append(row)
+    return out
