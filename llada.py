@@ -204,6 +204,7 @@ class Context(NamedTuple):
     sin: torch.Tensor
     mask: torch.Tensor | None  # bool, broadcast to [B, heads, L, keys]: True where a query may look. None: everywhere
     past: Past | None          # keys and values of what stands before
+    need: torch.Tensor | None  # [B, L] bool, on the CPU: rows that the last layer's feed-forward is needed for. None: all
 
 
 class RMSNorm(nn.Module):
@@ -264,6 +265,15 @@ class Past:
         return k, v
 
 
+def feed(h, x, need, feed_forward):
+    """h + feed_forward(x), on all rows or on those needed. x [B, L, D]; or [N, D] with the number of rows of each sample."""
+    if need is None:
+        return h + feed_forward(x)
+    if not need.any():
+        return h
+    return h.index_put((need,), h[need] + feed_forward(x[need], need.sum(1).tolist()))
+
+
 class FeedForward(nn.Module):
     """down(silu(gate(x)) * up(x)): an expert, a shared expert, or the feed-forward of a dense layer."""
 
@@ -272,29 +282,96 @@ class FeedForward(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = linear(width, inner), linear(width, inner), linear(inner, width)
 
     def forward(self, x, groups=None):
-        if groups:  # x [N, D] holds so many rows of each sample: per-sample fast weights need to know
-            self.gate_proj.groups = self.up_proj.groups = self.down_proj.groups = groups
+        # x [N, D] holds so many rows of each sample: per-sample fast weights need to know
+        self.gate_proj.groups = self.up_proj.groups = self.down_proj.groups = groups
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Experts(nn.ModuleList):
     """Each token goes through its k experts; the outputs are summed with the router's weights."""
+    grouped = False  # set by `load`: all experts in one product per projection, or one expert after the other
 
-    def forward(self, x, weights, chosen):
-        """x [B, L, D]; weights, chosen [B * L, k]: how much of which expert -> [B, L, D].
+    def forward(self, x, weights, chosen, groups=None):
+        """x [B, L, D], or [N, D] with the number of rows of each sample; weights, chosen [rows, k]: how much of which expert.
 
         One sample, k = 2, token 0 to experts 5 and 1, token 1 to 1 and 7: pairs 5 1 1 7, in order of their experts the pairs
         1 2 0 3, which are tokens 0 1 0 1. (LLaDA2.x was published to sum in float32; here in the model's precision.)
         """
-        (B, L, D), k = x.shape, chosen.shape[1]
-        pair = chosen.flatten() * B + torch.arange(B, device=x.device).repeat_interleave(L * k)  # (expert, sample)
+        groups = groups or [x.shape[1]] * len(x)
+        B, k, rows = len(groups), chosen.shape[1], x.reshape(-1, x.shape[-1])
+        sample = torch.arange(B).repeat_interleave(torch.tensor(groups)).to(x.device)
+        pair = (chosen * B + sample[:, None]).flatten()  # (expert, sample)
         order = pair.argsort(stable=True)  # sorted once: by expert, within an expert by sample, within that by position
         counts = torch.zeros(len(self) * B, dtype=torch.long, device=x.device).scatter_add_(0, pair, torch.ones_like(pair))
-        counts = counts.view(-1, B).tolist()  # the one number that the host reads from the device in this layer
-        rows = x.reshape(-1, D)[order // k].split([sum(groups) for groups in counts])
-        out = [expert(part, groups if B > 1 else None) for expert, part, groups in zip(self, rows, counts) if len(part)]
-        out = torch.cat(out)[order.argsort()].view(-1, k, D)  # back to [token, choice, D]
-        return (weights.to(out.dtype)[:, None] @ out).view(B, L, D)
+        out = (self.at_once if self.grouped else self.one_by_one)(rows[order // k], counts.view(-1, B))
+        out = out[order.argsort()].view(-1, k, x.shape[-1])  # back to [token, choice, D]
+        return (weights.to(out.dtype)[:, None] @ out).view(x.shape)
+
+    def one_by_one(self, rows, counts):
+        counts = counts.tolist()  # the one number that the host reads from the device in this layer
+        rows = rows.split([sum(own) for own in counts])
+        return torch.cat([expert(part, own if len(own) > 1 else None) for expert, part, own in zip(self, rows, counts) if len(part)])
+
+    def at_once(self, rows, counts):
+        ends = counts.flatten().cumsum(0).int()  # [experts * B] where the rows of each expert and sample end
+        gate, up, down = ([getattr(expert, name) for expert in self] for name in ("gate_proj", "up_proj", "down_proj"))
+        inner = F.silu(grouped_linear(gate, rows, ends)) * grouped_linear(up, rows, ends)
+        return grouped_linear(down, inner, ends)
+
+
+def grouped_linear(layers, x, ends):
+    """What the experts' linear layers, one each, with their LoRA and fast weights, make of their rows. x [N, in] -> [N, out].
+
+    The layers themselves are not called. Every matrix, also the low-rank ones, takes part in one product for all experts.
+    """
+    B, first, base = len(ends) // len(layers), layers[0], [getattr(layer, "base_layer", layer) for layer in layers]
+    of_expert = ends[B - 1::B].contiguous()
+    if base[0].weight.requires_grad:
+        y = F.grouped_mm(x, torch.stack([layer.weight for layer in base]).mT, offs=of_expert)
+    else:
+        y = Frozen.apply(x, of_expert, base)
+    if base is not layers and hasattr(first, "lora_A"):
+        name = first.active_adapters[0]
+        A, B_ = (torch.stack([getattr(layer, part)[name].weight for layer in layers]) for part in ("lora_A", "lora_B"))
+        low = F.grouped_mm(first.lora_dropout[name](x.to(A.dtype)), A.mT, offs=of_expert)
+        y = (y + first.scaling[name] * F.grouped_mm(low, B_.mT, offs=of_expert)).to(y.dtype)
+    if fast := getattr(first, "fast", None):
+        (pair, scale), z = fast, x
+        for i in range(len(pair)):  # A, then B; or the full-rank delta
+            own = torch.stack([layer.fast[0][i] for layer in layers]).flatten(0, 1).to(x.dtype)  # [experts * G, ...]
+            z = F.grouped_mm(z, own.mT, offs=ends if len(pair[0]) > 1 else of_expert)
+        y = y + scale * z
+    return y
+
+
+class Frozen(torch.autograd.Function):
+    """The product with frozen weights. They are put side by side, and their 4 bits unpacked, in the forward pass and again in
+    the backward pass, so that nobody keeps them in between."""
+
+    @staticmethod
+    def forward(ctx, x, ends, layers):
+        ctx.save_for_backward(ends)
+        ctx.layers = layers
+        return F.grouped_mm(x, side_by_side(layers, x.dtype).mT, offs=ends)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return F.grouped_mm(grad.contiguous(), side_by_side(ctx.layers, grad.dtype), offs=ctx.saved_tensors[0]), None, None
+
+
+def side_by_side(layers, dtype):
+    """Weights of linear layers of one shape -> [layers, out, in]."""
+    state = getattr(layers[0].weight, "quant_state", None)
+    if state is None:
+        return torch.stack([layer.weight for layer in layers])
+    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+    states = [layer.weight.quant_state for layer in layers]
+    # A byte or a float per block of 64 weights; a matrix is a whole number of blocks, so many are unpacked like one.
+    scales = torch.cat([dequantize_blockwise(own.absmax, own.state2) + own.offset for own in states])
+    packed = torch.cat([layer.weight.data.flatten() for layer in layers])
+    shape = (len(layers) * state.shape[0], state.shape[1])
+    whole = QuantState(absmax=scales, shape=torch.Size(shape), code=state.code, blocksize=state.blocksize, quant_type=state.quant_type, dtype=dtype)
+    return dequantize_4bit(packed[:, None], whole).view(len(layers), *state.shape)
 
 
 # ---- 3. The three blocks, side by side -----------------------------------------------------------------
@@ -315,8 +392,11 @@ class LLaDABlock(nn.Module):
         x = self.attn_norm(h)
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         h = h + self.attn_out(attend(q, k, v, context, self.layer))
-        x = self.ff_norm(h)
-        return h + self.ff_out(F.silu(self.ff_proj(x)) * self.up_proj(x))
+        return feed(h, self.ff_norm(h), context.need, self.feed_forward)
+
+    def feed_forward(self, x, groups=None):
+        self.ff_proj.groups = self.up_proj.groups = self.ff_out.groups = groups
+        return self.ff_out(F.silu(self.ff_proj(x)) * self.up_proj(x))
 
     def matrices(self, scope):
         names = ["ff_proj", "up_proj", "ff_out"] + ["q_proj", "k_proj", "v_proj", "attn_out"] * (scope == "ffn+attn")
@@ -343,10 +423,12 @@ class LLaDAMoEBlock(nn.Module):
         x, a = self.input_layernorm(h), self.self_attn
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (a.q_proj, a.k_proj, a.v_proj))
         h = h + a.o_proj(attend(a.q_norm(q), a.k_norm(k), v, context, self.layer))
-        x = self.post_attention_layernorm(h)
+        return feed(h, self.post_attention_layernorm(h), context.need, self.feed_forward)
+
+    def feed_forward(self, x, groups=None):
         # Softmax over all experts; the weights of the chosen are used as they are, so they sum to less than 1.
-        weights, chosen = self.mlp.gate(x).flatten(0, 1).float().softmax(-1).topk(self.top_k, dim=-1)
-        return h + self.mlp.experts(x, weights, chosen)
+        weights, chosen = self.mlp.gate(x).flatten(0, -2).float().softmax(-1).topk(self.top_k, dim=-1)
+        return self.mlp.experts(x, weights, chosen, groups)
 
     def matrices(self, scope):
         found = {f"mlp.{name}": m for name, m in feed_forwards(self.mlp)}
@@ -399,10 +481,10 @@ class LLaDA2Block(nn.Module):
         heads = a.query_key_value(self.input_layernorm(h)).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         h = h + a.dense(attend(a.query_layernorm(q), a.key_layernorm(k), v, context, self.layer))
-        x = self.post_attention_layernorm(h)
-        if self.dense:
-            return h + self.mlp(x)
-        return h + self.mlp.experts(x, *self.mlp.gate(x.flatten(0, 1))) + self.mlp.shared_experts(x)
+        return feed(h, self.post_attention_layernorm(h), context.need, self.mlp if self.dense else self.feed_forward)
+
+    def feed_forward(self, x, groups=None):
+        return self.mlp.experts(x, *self.mlp.gate(x.flatten(0, -2)), groups) + self.mlp.shared_experts(x, groups)
 
     def matrices(self, scope):
         found = {f"mlp.{name}": m for name, m in feed_forwards(self.mlp)}
@@ -493,17 +575,19 @@ class Backbone(nn.Module):
         table = self.part("embed")
         return table(ids.to(table.weight.device))  # [B, L, D]
 
-    def blocks(self, h, valid, start, stop, past=None):
-        """Run layers start..stop-1. past: keys and values that stand before h, for block-causal decoding."""
+    def blocks(self, h, valid, start, stop, need=None, past=None):
+        """Run layers start..stop-1. need: rows [B, L] that will be read. past: keys and values before h, for block diffusion."""
         before = past.length if past else 0
         where = torch.arange(before, before + h.shape[1], device=h.device)
         # LLaDA-8B rotates in float32, the others in the model's precision.
         precision = torch.float32 if self.config.family == "llada" else h.dtype
         cos, sin = rotary(where, self.config.rotary_dim, self.config.rope_theta, precision)
-        context = Context(cos, sin, self.mask(valid, h, past), past)
+        context = Context(cos, sin, self.mask(valid, h, past), past, None)
         # Fast weights act from `stop` on; what is computed again in the backward pass must not need them.
         again = self.checkpointing and stop is not None and torch.is_grad_enabled()
         for layer in self.part("layers")[start:stop]:
+            if layer.layer == self.num_layers - 1:
+                context = context._replace(need=need)
             h = checkpoint(layer, h, context, use_reentrant=False) if again else layer(h, context)
         return h
 
@@ -683,11 +767,11 @@ def load_weights(network, source, dtype, device):
 
 
 def load(model, load_4bit=False, dtype="auto", device=None, attention="full", checkpointing=False, merge="", random=False,
-         seed=0):
+         seed=0, experts="loop"):
     """A hub id, a folder in the hub's layout, or (random=True) a name of PUBLISHED or a config -> Backbone, frozen.
 
     dtype: auto (bfloat16 on a GPU, the file's on a CPU), bfloat16 or float32. merge: folder of an adapter that is added
-    to the weights before they are rounded. ValueError says in one line what does not fit.
+    to the weights before they are rounded. experts: loop, or grouped (see Experts). ValueError says in one line what does not fit.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if random:
@@ -706,6 +790,9 @@ def load(model, load_4bit=False, dtype="auto", device=None, attention="full", ch
     dtype = getattr(torch, dtype)
     with torch.device("meta"):
         network = build_network(config)
+        for module in network.modules():
+            if isinstance(module, Experts):
+                module.grouped = experts == "grouped"
         if load_4bit:
             to_4bit(network, config, dtype)
     load_weights(network, merged(source, merge, network, model) if merge else source, dtype, device)
@@ -1064,11 +1151,13 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
     open_, width = fill.clone(), x.shape[1]
     stops = torch.tensor(backbone.tokenizer.stop_ids if backbone.tokenizer else [backbone.config.eos_id])
 
-    def forward(start, stop, keep=False):
-        """Hidden states of x[:, start:stop]; keep: these are a block's final tokens."""
-        past.keep = keep
+    def forward(start, stop, need=None):
+        """Hidden states of x[:, start:stop], of which `need` are read. None: no hidden state, but these are final tokens, whose
+        keys and values are kept."""
+        past.keep = keep = need is None
+        need = torch.zeros(x[:, start:stop].shape, dtype=torch.bool) if keep else need
         with memdlm.fast_weights(backbone, s, phi):
-            h = backbone.blocks(backbone.embed(x[:, start:stop]), None, 0, None, past)
+            h = backbone.blocks(backbone.embed(x[:, start:stop]), None, 0, None, need, past)
         past.length = stop if keep else past.length
         return h
 
@@ -1077,7 +1166,7 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
         masks = open_[:, here] & live[:, None]
         where = masks if edit_threshold is None else fill[:, here] & live[:, None]
         noise = memdlm.gumbel_noise(backbone, seeds, f"{here.start} {k}", where) if temperature > 0 else None
-        tokens, p = memdlm.choose(backbone, forward(here.start, here.stop)[where], temperature=temperature, noise=noise)
+        tokens, p = memdlm.choose(backbone, forward(here.start, here.stop, where)[where], temperature=temperature, noise=noise)
         tokens, p = memdlm.scatter(tokens, where), memdlm.scatter(p, where)
         at_least = _scheduled(steps or BLOCK, k)
         change = commit = masks & ((p > threshold) | (memdlm.order(masks, -p) < at_least))
@@ -1091,7 +1180,7 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
         return again, bool(change.any())
 
     if start := int(given.sum(1).min()) // BLOCK * BLOCK:
-        forward(0, start, keep=True)  # whole blocks of prompt, in one pass
+        forward(0, start)  # whole blocks of prompt, in one pass
     for start in range(start, width, BLOCK):
         here = slice(start, start + BLOCK)
         live, looks, k = ~done & fill[:, here].any(1), torch.zeros(len(x), dtype=torch.long), 0
@@ -1103,7 +1192,7 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
         if (done | ~fill[:, here.stop:].any(1)).all():
             break
         if here.stop < width:
-            forward(start, here.stop, keep=True)  # once more, with the block's final tokens
+            forward(start, here.stop)  # once more, with the block's final tokens
     if (rest := open_ & done[:, None]).any():  # what a row did not need
         yield torch.where(rest, backbone.config.eos_id, x)[:, :end]
 

@@ -34,9 +34,10 @@ Glossary
 
 The backbone. Any masked diffusion LM with these can be trained here (toy/model.py is one):
     embed(ids)                       [B, L] -> [B, L, D]
-    blocks(h, valid, start, stop)    run layers start..stop-1 on hidden states; stop=None means to the end.
-                                     Activation checkpointing belongs below `stop` only: a recomputation after
-                                     `with fast_weights(...)` has ended would not see phi
+    blocks(h, valid, start, stop, need)  run layers start..stop-1 on hidden states; stop=None means to the end, of which only
+                                     the rows need [B, L] are read (None: all), so the last layer may skip the feed-forward
+                                     of the others. Activation checkpointing belongs below `stop` only: a recomputation
+                                     after `with fast_weights(...)` has ended would not see phi
     head(h)                          [N, D] -> [N, V], final norm and unembedding, on the rows that need it
     matrices(first, scope)           {name: nn.Linear} of layers first.. that fast weights may act on: "ffn" or
                                      "ffn+attn" (the published code never adapts attention in a MoE layer)
@@ -372,14 +373,17 @@ def fast_weights(backbone, s, phi):
         return add
 
     handles = []
+    matrices = backbone.matrices(first_layer(backbone.num_layers, s.layer_fraction), s.scope) if phi else {}
     try:
-        matrices = backbone.matrices(first_layer(backbone.num_layers, s.layer_fraction), s.scope) if phi else {}
         for name, pair in (phi or {}).items():
             handles.append(matrices[name].register_forward_hook(hook(pair)))
+            matrices[name].fast = pair, scale  # for experts multiplied all at once, whose matrices are never called
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for matrix in matrices.values():
+            matrix.__dict__.pop("fast", None)
 
 
 # Clipping: factors [P, G] from the gradient norms [P, G] of P tensors. Differs: the paper speaks of per-parameter
@@ -418,11 +422,12 @@ def inner_loop(backbone, s, path, x0, valid, lower, phi):
         phi = {name: tuple(w.detach().requires_grad_() for w in pair) for name, pair in phi.items()}
         leaves = [w for pair in phi.values() for w in pair]
         with torch.enable_grad(), fast_weights(backbone, s, phi):
-            h = backbone.blocks(lower(stage.x), valid, first, None)
+            need = stage.targets if stage.targets.any() else None  # with nothing to learn, a gradient of zero
+            h = backbone.blocks(lower(stage.x), valid, first, None, need)
             rows = [h[stage.targets], x0[stage.targets].to(h.device)]
             if s.inner_loss != "ce":  # self-distillation: the teacher sees the next state
                 with torch.no_grad():
-                    rows.append(backbone.blocks(lower(stage.next_x), valid, first, None)[stage.targets])
+                    rows.append(backbone.blocks(lower(stage.next_x), valid, first, None, stage.targets)[stage.targets])
             # Eq. 7-8:  L_inner^(k) = sum_{i in M} -log p_{theta, phi_{k-1}}(target_i | x)  (for inner_loss ce), weighted.
             # Differs: and divided by |M|, of the batch where it shares phi, of each sample where it does not.
             rows = by_rows(INNER_LOSSES[s.inner_loss], backbone, *rows)
@@ -448,10 +453,10 @@ def below(backbone, s, x, valid):
     return backbone.blocks(backbone.embed(x), valid, 0, first_layer(backbone.num_layers, s.layer_fraction))
 
 
-def above(backbone, s, h, valid, phi):
-    """The remaining layers, under phi."""
+def above(backbone, s, h, valid, phi, need=None):
+    """The remaining layers, under phi; of the result only the rows `need` [B, L] may be read (None: all)."""
     with fast_weights(backbone, s, phi):
-        return backbone.blocks(h, valid, first_layer(backbone.num_layers, s.layer_fraction), None)
+        return backbone.blocks(h, valid, first_layer(backbone.num_layers, s.layer_fraction), None, need)
 
 
 class MemDLM(nn.Module):
@@ -480,7 +485,7 @@ class MemDLM(nn.Module):
         record |= {"loss": loss.detach(), "ce": nll.detach().sum() / masked.sum().clamp(min=1), "masked": masked.sum()}
         if report and self.s.memory:
             with torch.no_grad():
-                nll = token_nll(self.backbone, above(self.backbone, self.s, h, batch.valid, None), batch.x0, masked)
+                nll = token_nll(self.backbone, above(self.backbone, self.s, h, batch.valid, None, masked), batch.x0, masked)
             record |= {"loss_without": mdlm_loss(nll, t, batch.maskable),
                        "ce_without": nll.sum() / masked.sum().clamp(min=1)}
         return loss, record
@@ -488,7 +493,7 @@ class MemDLM(nn.Module):
     def mdlm_step(self, batch, t, xt, masked):
         """Baseline. Eq. 2: predict x0 from the anchor."""
         h = below(self.backbone, self.s, xt, batch.valid)
-        top = above(self.backbone, self.s, h, batch.valid, None)
+        top = above(self.backbone, self.s, h, batch.valid, None, masked)
         return token_nll(self.backbone, top, batch.x0, masked), {}, h
 
     def memdlm_step(self, batch, t, xt, masked):
@@ -499,7 +504,7 @@ class MemDLM(nn.Module):
         """
         h = below(self.backbone, self.s, xt, batch.valid)
         phi, record = WRITE_FROM[self.s.memory_from](self.backbone, self.s, batch, t, xt, masked, h.detach())
-        top = above(self.backbone, self.s, h, batch.valid, phi)
+        top = above(self.backbone, self.s, h, batch.valid, phi, masked)
         return token_nll(self.backbone, top, batch.x0, masked), record, h
 
 
@@ -624,11 +629,11 @@ def denoise(backbone, s, x, fill, valid, seeds, phi=None, steps=None, block_leng
             if not take.any():
                 continue
             tag = f"{block} {k}"
-            h = above(backbone, s, below(backbone, s, x, valid), valid, phi)[where]
+            h = above(backbone, s, below(backbone, s, x, valid), valid, phi, where)[where]
             blind, noise = None, None
             if cfg_scale:  # classifier-free guidance: away from what the model says without what was given
                 unseen = below(backbone, s, torch.where(given, backbone.mask_id, x), valid)
-                blind = above(backbone, s, unseen, valid, phi)[where]
+                blind = above(backbone, s, unseen, valid, phi, where)[where]
             if temperature > 0:
                 noise = gumbel_noise(backbone, seeds, tag, where)
             tokens, confidence = choose(backbone, h, blind, cfg_scale, temperature, noise)
@@ -647,7 +652,7 @@ def denoise(backbone, s, x, fill, valid, seeds, phi=None, steps=None, block_leng
 def response_nll(backbone, s, x0, masked, valid, phi=None, x=None):
     """-log p(x0_i | x) [B, L] at the masked positions; x is x0 with these masks unless given."""
     x = torch.where(masked, backbone.mask_id, x0 if x is None else x)
-    return token_nll(backbone, above(backbone, s, below(backbone, s, x, valid), valid, phi), x0, masked).cpu()
+    return token_nll(backbone, above(backbone, s, below(backbone, s, x, valid), valid, phi, masked), x0, masked).cpu()
 
 
 @torch.no_grad()
@@ -667,7 +672,7 @@ def exposure_bias(backbone, s, x0, maskable, valid, seeds, ratios, phi=None):
     for ratio in ratios:  # falling
         keep = torch.maximum((ratio * n.double() + 1e-6).floor().long(), torch.ones_like(n))  # masks left at this ratio
         if (open_.sum(1) > keep).any():
-            tokens, confidence = choose(backbone, above(backbone, s, below(backbone, s, x, valid), valid, phi)[open_])
+            tokens, confidence = choose(backbone, above(backbone, s, below(backbone, s, x, valid), valid, phi, open_)[open_])
             commit = open_ & (order(open_, -scatter(confidence, open_)) < (open_.sum(1) - keep)[:, None])
             x = torch.where(commit, scatter(tokens, open_), x)
             open_ = open_ & ~commit

@@ -71,6 +71,8 @@ class Settings(memdlm.Settings):
                          "a GPU, on a CPU the file's", ["auto", "bfloat16", "float32"])
     attention: str = setting("full", "LLaDA2.x in training and adaptation: full, as in the published run, or block, the "
                              "block-causal mask it decodes with", ["full", "block"])
+    experts: str = setting("loop", "of MoE layers: one after the other, or grouped, all in one product per projection: fewer and larger "
+                           "kernels, the weights of a layer put together first", ["loop", "grouped"])
     lora: bool = setting(True, "train a LoRA (through PEFT) on frozen weights; --no-lora trains all weights")
     lora_rank: int = setting(32, "rank of the outer LoRA")
     lora_alpha: float = setting(64.0, "its product is scaled by alpha / rank")
@@ -103,6 +105,8 @@ class Settings(memdlm.Settings):
             raise ValueError("--toy-lora is for a toy that starts --from-run")
         if self.from_run and self.model != "toy":
             raise ValueError("--from-run is for the toy; a full model starts --from-adapter")
+        if self.experts == "grouped" and (self.rank % 8 or self.lora_rank % 8):
+            raise ValueError(f"--experts grouped needs ranks that are multiples of 8, not {self.rank} and {self.lora_rank}")
         if self.merge and not self.from_adapter:
             raise ValueError("--merge needs --from-adapter")
         if self.closed_book and self.data in ("languages", "python", "pydoc"):
@@ -313,7 +317,7 @@ def build_full(s, training, device, say):
         room = torch.cuda.get_device_properties(device or 0).total_memory if torch.cuda.is_available() else None
         say(llada.plan_text(llada.plan(config, s, s.max_length), room))
     merge = s.from_adapter if s.merge else ""
-    backbone = llada.load(s.model, s.load_4bit, s.dtype, device, s.attention, s.checkpointing, merge)
+    backbone = llada.load(s.model, s.load_4bit, s.dtype, device, s.attention, s.checkpointing, merge, experts=s.experts)
     if s.from_adapter and not merge:
         llada.load_adapter(backbone, s.from_adapter, s.lora_dropout, s.lora_dtype)
     elif s.lora:

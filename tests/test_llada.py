@@ -33,6 +33,11 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(params=NAMES)
+def name_of(request):
+    return request.param
+
+
+@pytest.fixture(params=NAMES)
 def folder(folders, request):
     return folders / request.param
 
@@ -60,6 +65,12 @@ def rows(lengths, prompt=5, seed=0):
     valid = torch.arange(x0.shape[1]) < torch.tensor(lengths)[:, None]
     maskable = valid & (torch.arange(x0.shape[1]) >= prompt)
     return Batch(x0, maskable, valid, list(range(len(lengths))), x0, valid)
+
+
+def grouped(backbone, on):
+    for m in backbone.modules():
+        if isinstance(m, llada.Experts):
+            m.grouped = on
 
 
 def alone(batch, b):
@@ -901,3 +912,130 @@ def test_small_updates_of_a_bfloat16_lora_are_not_lost():
             optimizer.step()
         moved[name] = float(start - p.detach().float().mean())
     assert abs(moved["ours"] - 200 * 2e-5) < 0.1 * 200 * 2e-5 and abs(moved["plain"]) < 0.02 * 200 * 2e-5
+
+
+# ---- All experts in one product ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("load_4bit", [False, True])
+@pytest.mark.parametrize("name", ["llada-moe", "llada2.1-mini"])
+def test_experts_at_once_are_the_experts_one_by_one(name, load_4bit, per_sample, adapter, monkeypatch):
+    """A whole training step with LoRA and fast weights: loss, inner losses and every gradient. Some experts are idle."""
+    backbone = tiny(name, load_4bit=load_4bit)
+    llada.add_lora(backbone, 8, 16.0, 0.0)
+    for i, (key, p) in enumerate(sorted(backbone.named_parameters())):
+        if "lora_" in key:
+            p.data = 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    s = Settings(per_sample=per_sample, rank=8, alpha=8.0, layer_fraction=0.5, adapter=adapter)
+    calls, seen = [], {}
+    real = llada.grouped_linear
+    monkeypatch.setattr(llada, "grouped_linear", lambda *a: calls.append(1) or real(*a))
+    for on in (False, True):
+        grouped(backbone, on)
+        backbone.train().zero_grad()
+        loss, record = MemDLM(backbone, s)(rows([12, 3, 9], prompt=1))
+        loss.backward()
+        seen[on] = loss.item(), record["inner"], {n: p.grad for n, p in backbone.named_parameters() if p.requires_grad}
+        assert bool(calls) == on
+        assert not any("fast" in m.__dict__ for m in backbone.modules())
+    assert abs(seen[False][0] - seen[True][0]) < 1e-5 and torch.allclose(seen[False][1], seen[True][1], atol=1e-5)
+    for key, want in seen[False][2].items():
+        got = seen[True][2][key]
+        assert got.abs().max() == 0 if want is None else (got - want).norm() <= 1e-5 * want.norm() + 1e-8, key
+
+
+def test_all_weights_train_with_experts_at_once():
+    backbone = tiny("llada-moe").requires_grad_(True)
+    seen = []
+    for on in (False, True):
+        grouped(backbone, on)
+        backbone.zero_grad()
+        MemDLM(backbone, Settings(memory=False))(rows([40, 30]))[0].backward()
+        seen.append({n: p.grad for n, p in backbone.named_parameters()})
+    for key, want in seen[0].items():
+        assert want is None or (seen[1][key] - want).norm() <= 1e-5 * want.norm() + 1e-9, key
+
+
+def test_weights_put_side_by_side_are_bit_for_bit_those_unpacked_one_by_one():
+    from bitsandbytes.functional import dequantize_4bit
+    backbone = tiny("llada-moe", load_4bit=True)
+    layers = [expert.up_proj for expert in next(m for m in backbone.modules() if isinstance(m, llada.Experts))]
+    whole = llada.side_by_side(layers, torch.float32)
+    for got, layer in zip(whole, layers):
+        want = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        assert torch.equal(got, want)
+
+
+def test_settings_and_loading_choose_the_experts(folders):
+    for experts in ("loop", "grouped"):
+        backbone = llada.load(str(folders / "llada-moe"), experts=experts)
+        assert {m.grouped for m in backbone.modules() if isinstance(m, llada.Experts)} == {experts == "grouped"}
+    with pytest.raises(ValueError, match="multiples of 8"):
+        train.Settings(model="x", experts="grouped", rank=12)
+
+
+# ---- Only the rows that are read ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_rows_that_are_read_are_as_if_all_were_computed(name_of, per_sample):
+    """The last feed-forward runs on the needed rows alone; values and the gradients of theta and phi are the same."""
+    backbone, batch = tiny(name_of), rows([40, 11, 67])
+    backbone.requires_grad_(True)
+    s = Settings(rank=4, alpha=8.0, layer_fraction=0.5)
+    need = batch.maskable & (torch.rand(batch.x0.shape, generator=torch.Generator().manual_seed(1)) < 0.3)
+    need[1] = False  # nothing is read of this sample
+    phi = memdlm.fresh_phi(backbone, s, batch.seeds if per_sample else batch.seeds[:1])
+    phi = {n: (a, torch.randn(b.shape, generator=torch.Generator().manual_seed(2)) * 0.05) for n, (a, b) in phi.items()}
+    phi = {n: tuple(w.requires_grad_() for w in pair) for n, pair in phi.items()}
+    leaves = [w for pair in phi.values() for w in pair] + list(backbone.parameters())
+    out = []
+    for rows_read in (None, need):
+        h = memdlm.above(backbone, s, memdlm.below(backbone, s, batch.x0, batch.valid), batch.valid, phi, rows_read)[need]
+        out.append((h, torch.autograd.grad(backbone.head(h).square().sum(), leaves, allow_unused=True)))
+    assert torch.allclose(out[0][0], out[1][0], atol=1e-5)
+    for a, b in zip(out[0][1], out[1][1]):
+        a, b = (torch.zeros(1) if g is None else g for g in (a, b))
+        assert (a - b).norm() <= 1e-5 * a.norm() + 1e-6
+
+
+def test_unread_rows_skip_the_feed_forward():
+    backbone, batch = tiny("llada-moe"), rows([20, 20])
+    seen = []
+    backbone.core.model.layers[-1].mlp.experts.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[:-1].numel()))
+    need = torch.zeros_like(batch.valid)
+    need[0, 3:6] = True
+    for rows_read in (need, None, torch.zeros_like(need)):
+        memdlm.above(backbone, Settings(), memdlm.below(backbone, Settings(), batch.x0, batch.valid), batch.valid, None, rows_read)
+    assert seen == [3, 40]
+
+
+# ---- What the host waits for --------------------------------------------------------------------------
+
+def test_a_step_reads_one_number_back_per_moe_layer(monkeypatch):
+    """Masks live on the host, hidden states on the device. Nothing that is computed from hidden states is read, but each MoE
+    layer's counts, once a pass; with all experts at once not even these."""
+    backbone = tiny("llada-moe")
+    llada.add_lora(backbone, 8, 16.0, 0.05)
+    passes = []
+    for m in backbone.modules():
+        if isinstance(m, llada.Experts):
+            m.register_forward_hook(lambda *a: passes.append(1))
+    reads = []
+    for method in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "numpy"):
+        def spy(self, *a, real=getattr(torch.Tensor, method), method=method, **k):
+            import sys
+            caller = sys._getframe(1)
+            name = caller.f_code.co_name
+            if "llada.py" in caller.f_code.co_filename or "memdlm.py" in caller.f_code.co_filename:
+                reads.append((name, method))
+            return real(self, *a, **k)
+        monkeypatch.setattr(torch.Tensor, method, spy)
+    on_the_host = {"blocks", "mask", "feed", "inner_loop"}  # of masks and counts of masks
+    for on in (False, True):
+        grouped(backbone, on)
+        for s in (Settings(rank=8), Settings(rank=8, memory=False)):
+            reads.clear(), passes.clear()
+            MemDLM(backbone.train(), s)(rows([30, 20]), report=False)[0].backward()
+            assert reads.count(("one_by_one", "tolist")) == (0 if on else len(passes)) and len(passes) >= 4
+            assert {name for name, _ in reads} - on_the_host <= {"one_by_one"}

@@ -41,12 +41,12 @@ class Watched(ToyDLM):
         self.embeds.append(ids)
         return super().embed(ids)
 
-    def blocks(self, h, valid, start, stop):
+    def blocks(self, h, valid, start, stop, need=None):
         self.runs.append((start, stop, h.requires_grad))
         self.modes.append(any(m.training for m in self.modules()))
         if len(self.runs) == self.fail_at:
             raise RuntimeError("broken")
-        return super().blocks(h, valid, start, stop)
+        return super().blocks(h, valid, start, stop, need)
 
     def head(self, h):
         self.heads.append(len(h))
@@ -249,7 +249,7 @@ class TwoLinear(nn.Module):
     def embed(self, ids):
         return self.E[ids] + self.P[:ids.shape[1]]
 
-    def blocks(self, h, valid, start, stop):
+    def blocks(self, h, valid, start, stop, need=None):
         for layer in self.w[start:stop]:
             h = layer(h)
         return h
@@ -742,7 +742,7 @@ class Table(nn.Module):
         here = torch.eye(ids.shape[1]).expand(len(ids), -1, -1)
         return torch.cat([here, (ids[:, :1, None] == MASK).float().expand(-1, ids.shape[1], -1)], -1)
 
-    def blocks(self, h, valid, start, stop):
+    def blocks(self, h, valid, start, stop, need=None):
         return h
 
     def head(self, h):
