@@ -28,7 +28,7 @@ from train import add_flags, decoder, one_line, open_model, write_whole
 
 INNER = ["trajectory", "inner_steps", "inner_lr", "inner_loss", "stage1_target", "pre_scale", "anchor_ratio", "clip",
          "clip_norm", "layer_fraction", "scope", "rank", "alpha", "closed_book"]
-LOADING = ["load_4bit", "dtype", "attention", "from_adapter", "merge", "threads"]
+LOADING = ["load_4bit", "dtype", "attention", "experts", "from_adapter", "merge", "threads"]
 # LLaDA2.x: certainty at which a token is committed, and at which one that stands is replaced.
 MODES = {"plain": (0.95, None), "speed": (0.5, 0.0), "quality": (0.7, 0.5)}
 

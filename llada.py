@@ -756,6 +756,8 @@ def load_weights(network, source, dtype, device):
     for path, module in network.named_modules():
         for name, empty in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             value = source(f"{path}.{name}", empty.shape)
+            if not value.isfinite().all():
+                raise ValueError(f"{path}.{name} holds numbers that are not finite; the checkpoint is damaged")
             if hasattr(empty, "quant_type"):  # Params4bit: quantised on its way to the device
                 value = type(empty)(value.to(dtype), requires_grad=False, quant_type="nf4", compress_statistics=True,
                                     module=module).to(device)
@@ -902,11 +904,14 @@ def read_adapter(folder, base):
         raise ValueError(f"{folder} was made for {theirs}, not for {base}; if that is the same model, correct "
                          "base_model_name_or_path in its adapter_config.json")
     try:
-        return raw, load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing (an adapter must be in safetensors)") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    if broken := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), ""):
+        raise ValueError(f"{path}: {broken} holds numbers that are not finite; the file is damaged")
+    return raw, tensors
 
 
 def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):

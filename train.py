@@ -9,8 +9,8 @@
     accelerate launch train.py --model ...          the same on several
     python train.py --resume                        go on where the latest run stopped, exactly
 
-Every run leaves a folder: settings.json, model.safetensors (what was trained, and the optimiser), metrics.jsonl, loss.png,
-and for a full model adapter/, the LoRA in PEFT's format.
+Every run leaves a folder: settings.json, origin.json (checksums of code and data), model.safetensors (what was trained, and the
+optimiser), metrics.jsonl, loss.png, and for a full model adapter/, the LoRA in PEFT's format.
 """
 from __future__ import annotations
 
@@ -97,8 +97,11 @@ class Settings(memdlm.Settings):
                      "lora_rank", "max_length", "eval_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout is {self.lora_dropout}; it must lie between 0 and 1")
+        for name, high in dict(lr=1e30, warmup=1, weight_decay=1e3, grad_clip=math.inf, lora_dropout=1, steps=1e9, batch=1e6, width=1 << 14,
+                               layers=1000, heads=1 << 10, prompt_length=1 << 20, response_length=1 << 20, max_length=1 << 20,
+                               lora_rank=1 << 16, epochs=1e6).items():
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and {high:g}")
         if self.model == "toy" and (self.load_4bit or self.from_adapter):
             raise ValueError("--load-4bit and --from-adapter are for full models; the toy trains all of its weights")
         if self.toy_lora and (self.model != "toy" or not self.from_run):
@@ -245,6 +248,8 @@ def load(folder, model, optimizer=None, processes=1):
         if saved is None or saved.shape != p.shape:
             raise ValueError(f"{path} belongs to another model: {name} should be {list(p.shape)}, "
                              f"is {'missing' if saved is None else list(saved.shape)}")
+        if not saved.isfinite().all():
+            raise ValueError(f"{path}: {name} holds numbers that are not finite; the file is damaged")
         p.data.copy_(saved)
     for number, (name, p) in enumerate(named.items() if optimizer else ()):
         saved = {key: tensors[f"adamw.{key}.{name}"] for key in ADAMW if f"adamw.{key}.{name}" in tensors}
@@ -267,11 +272,41 @@ def read_settings(folder):
     path = Path(folder) / "settings.json"
     try:
         values = json.loads(path.read_text())
+        for f in fields(Settings):
+            kind = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}[f.type]
+            if type(values.get(f.name, f.default)) not in kind:
+                raise TypeError(f"{f.name} is {values[f.name]!r}, which is no {f.type}")
         return Settings(**values)
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a run folder: it has no settings.json") from None
-    except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, TypeError, AttributeError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not the settings of a run: {error}") from None
+
+
+def origin(s):
+    """What else makes a run this run: checksums of the code and of a data file, and the versions underneath."""
+    toy = ["toy/model.py", "toy/tasks.py", "toy/tokenizer.py"]
+    names = ["memdlm.py", "train.py", "toy/data.py", "toy/text.py", *(toy if s.model == "toy" else ["llada.py"])]
+    out = {"torch": torch.__version__} | {name: checksum(Path(__file__).parent / name) for name in names}
+    if s.data in ("python", "pydoc"):
+        out["python"] = sys.version.split()[0]
+    elif Path(s.data).is_file():
+        out["data"] = checksum(s.data)
+    return out
+
+
+def checksum(path):
+    return f"{crc32(Path(path).read_bytes()):08x}"
+
+
+def check_origin(folder, s):
+    """ValueError if going on with the run would mix two: its code, its data or PyTorch has changed since it was started."""
+    path = folder / "origin.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    now = origin(s)
+    if differs := [f"{name} ({before[name]}, now {now.get(name, 'missing')})" for name in before if before[name] != now.get(name)]:
+        raise ValueError(f"{folder} was started with another {', another '.join(differs)}: going on would make a run that nobody can "
+                         "repeat. Bring that back, start anew, or say --anyway")
 
 
 def latest_run(root="runs"):
@@ -548,6 +583,8 @@ def train(s, folder, resume, stop, processes):
         start = load(folder, model, optimizer, processes.count) if resume and (folder / "model.safetensors").exists() else 0
         if processes.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "origin.json").exists():
+                write_whole(folder / "origin.json", lambda path: path.write_text(json.dumps(origin(s), indent=2) + "\n"))
             write_whole(folder / "settings.json", lambda path: path.write_text(json.dumps(asdict(s), indent=2) + "\n"))
     main = processes.rank == 0
     if main:
@@ -683,10 +720,12 @@ def free_folder(s):
     return folder
 
 
-def resumed(argument, given):
+def resumed(argument, given, anyway=False):
     """Settings and folder of the run to go on with. Flags may repeat its settings, not change them."""
     folder = Path(argument) if argument != "latest" else latest_run()
     s = read_settings(folder)
+    if not anyway:
+        check_origin(folder, s)
     for name, value in given.items():
         if getattr(s, name) != value:
             raise ValueError(f"{folder} was started with {name} {getattr(s, name)}, not {value}: that would be "
@@ -707,13 +746,14 @@ def main():
     parser.add_argument("--out", help="run folder [default runs/ and the name of the data]")
     parser.add_argument("--plan", action="store_true", help="print the memory that the run would take, and stop (full models)")
     parser.add_argument("--resume", nargs="?", const="latest", metavar="RUN", help="go on with a run [default the latest]")
+    parser.add_argument("--anyway", action="store_true", help="resume although code, data or PyTorch have changed since")
     add_flags(parser)
     given = vars(parser.parse_args())
-    out, resume, plan = given.pop("out"), given.pop("resume"), given.pop("plan")
+    out, resume, plan, anyway = given.pop("out"), given.pop("resume"), given.pop("plan"), given.pop("anyway")
     with one_line():
         if plan:
             return show_plan(recipe(given))
-        s, folder = resumed(resume, given) if resume else (recipe(given), None)
+        s, folder = resumed(resume, given, anyway) if resume else (recipe(given), None)
         folder = folder or Path(out or free_folder(s))
         if not resume and (folder / "settings.json").exists():
             raise ValueError(f"{folder} holds a run already: --resume {folder} goes on with it, "

@@ -51,7 +51,7 @@ def test_a_run_leaves_its_folder_and_prints_the_panel(cli, tmp_path):
     code, out, _ = cli(train, "--model", "toy", *TINY)
     folder = tmp_path / "runs" / "dictionary"
     assert code == 0
-    assert {p.name for p in folder.iterdir()} == {"settings.json", "model.safetensors", "metrics.jsonl", "loss.png",
+    assert {p.name for p in folder.iterdir()} == {"settings.json", "origin.json", "model.safetensors", "metrics.jsonl", "loss.png",
                                                   "panel.png", "control"}
     assert [line["step"] for line in metrics(folder)] == list(range(6))
     settings = json.loads((folder / "settings.json").read_text())

@@ -152,15 +152,24 @@ def _records(path, text):
     if not text.lstrip().startswith("["):
         # Not splitlines(), which would also split at line separators inside a JSON text.
         lines = [line.strip() for line in text.split("\n")]
-        return [(f"line {n}", lambda line=line: json.loads(line))
+        return [(f"line {n}", lambda line=line: json.loads(line, object_pairs_hook=_unique))
                 for n, line in enumerate(lines, 1) if line]
     try:
-        records = json.loads(text)
+        records = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: JSON array: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: unusable JSON array: {error}") from None
     return [(f"record {n}", lambda record=record: record) for n, record in enumerate(records, 1)]
+
+
+def _unique(pairs):
+    """A JSON object whose names differ: of two fields of one name it is not known which was meant."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"{twice!r} stands twice in a record")
+    return record
 
 
 def _pair(record):

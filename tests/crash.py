@@ -1,0 +1,136 @@
+"""Kill -9 a training run again and again, and see whether anything is lost.
+
+    python tests/crash.py --kills 100        prints what was done and found; exit code 1 if anything differs
+
+The killed run is resumed until it ends. Its weights, optimiser and metrics must then be those of a run nobody touched, bit for
+bit; after each kill the checkpoint must be readable; and no resume may repeat more than one save interval.
+"""
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train  # imported once: every run is a fork of this process
+
+EVERY = 4
+FLAGS = ["--model", "toy", "--data", "languages", "--steps", "60", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2",
+         "--log-every", "1", "--save-every", str(EVERY), "--sample-every", "0", "--table-samples", "0", "--threads", "1", "--no-control"]
+
+
+def start(*arguments):
+    """A training run as a process of its own; its output goes to log.txt. Returns its number."""
+    if (child := os.fork()) == 0:
+        try:
+            log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1), os.dup2(log, 2)
+            sys.argv = ["train.py", *arguments]
+            train.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            code = 70
+        os._exit(code)
+    return child
+
+
+def ended(child, until):
+    """The exit code if the process ends before `until`, else None. A process killed has a negative one."""
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)
+    return None
+
+
+def kill_when(child, folder, rng):
+    """Wait for a random moment, or for a checkpoint that is just being written, and kill. The exit code if it ended before."""
+    until = time.monotonic() + 30
+    if rng.random() < 0.5:
+        if (code := ended(child, time.monotonic() + rng.uniform(0.02, 1.2))) is not None:
+            return code
+    else:
+        # Some saves pass before the one that is hit, somewhere while its bytes are written or renamed.
+        for _ in range(rng.randint(1, 3)):
+            while not (folder / "model.safetensors.tmp").exists() and time.monotonic() < until:
+                if (code := ended(child, time.monotonic() + 0.0005)) is not None:
+                    return code
+            time.sleep(rng.uniform(0, 0.004))
+    os.kill(child, signal.SIGKILL)
+    return ended(child, time.monotonic() + 30)
+
+
+def metrics(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def last_step(folder):
+    """The last step that a killed run logged, -1 for none; its last line may be half."""
+    path = folder / "metrics.jsonl"
+    whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+    return json.loads(whole[-1])["step"] if whole else -1
+
+
+def saved_step(folder):
+    """The step of the checkpoint, which must be readable if it is there at all."""
+    if not (folder / "model.safetensors").exists():
+        return 0
+    from safetensors import safe_open
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        for key in file.keys():
+            file.get_tensor(key)
+        return json.loads(file.metadata()["state"])["step"]
+
+
+def crash(kills, seed=0, how=signal.SIGKILL):
+    """Runs until so many kills have hit. Returns what happened."""
+    rng, folder = random.Random(seed), Path("killed")
+    report = {"kills": 0, "while_saving": 0, "runs": 0, "most_repeated": 0, "unreadable": 0, "different": 0}
+    assert ended(start(*FLAGS, "--out", "whole"), time.monotonic() + 300) == 0, Path("log.txt").read_text()
+    want, want_metrics = Path("whole/model.safetensors").read_bytes(), metrics(Path("whole"))
+    while report["kills"] < kills:
+        begun = (folder / "settings.json").exists()
+        child = start("--resume", str(folder)) if begun else start(*FLAGS, "--out", str(folder))
+        code = kill_when(child, folder, rng)
+        if code == -signal.SIGKILL:
+            report["kills"] += 1
+            report["while_saving"] += (folder / "model.safetensors.tmp").exists()
+            try:
+                report["most_repeated"] = max(report["most_repeated"], last_step(folder) + 1 - saved_step(folder))
+            except Exception:
+                report["unreadable"] += 1
+        elif code == 0:
+            report["runs"] += 1
+            report["different"] += (folder / "model.safetensors").read_bytes() != want or metrics(folder) != want_metrics
+            for path in sorted(folder.rglob("*"), reverse=True):
+                path.unlink()
+            folder.rmdir()
+        else:
+            raise SystemExit(f"a run ended with {code}:\n{Path('log.txt').read_text()[-2000:]}")
+    while (code := ended(start(*(["--resume", str(folder)] if (folder / "settings.json").exists() else [*FLAGS, "--out", str(folder)])),
+                         time.monotonic() + 300)) != 0:
+        raise SystemExit(f"the last run ended with {code}:\n{Path('log.txt').read_text()[-2000:]}")
+    report["runs"] += 1
+    report["different"] += (folder / "model.safetensors").read_bytes() != want or metrics(folder) != want_metrics
+    return report
+
+
+if __name__ == "__main__":
+    import tempfile
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        os.chdir(place)
+        result = crash(arguments.kills, arguments.seed)
+    print(json.dumps(result))
+    sys.exit(bool(result["unreadable"] or result["different"] or result["most_repeated"] > EVERY))

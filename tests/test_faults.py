@@ -1,0 +1,459 @@
+"""What goes wrong in practice: kills, signals, odd prompts, broken files and files from strangers. Nothing may be lost, run or
+written where it should not be; what cannot be used is refused in one line."""
+import json
+import os
+import random
+import signal
+import string
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings as hypothesis_settings, strategies as st
+from safetensors.torch import load_file, save, save_file
+
+import generate
+import llada
+import memdlm
+import train
+from toy import text
+from toy.model import ToyConfig, ToyDLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+import crash  # noqa: E402
+
+MANY = int(os.environ.get("MEMDLM_FUZZ", 2000))  # mutated inputs per fuzzer; a person may start many more
+V, MASK = 24, 1
+
+
+def toy_model(layers=2):
+    return ToyDLM(ToyConfig(V, MASK, width=16, layers=layers, heads=2), seed=0).requires_grad_(False).eval()
+
+
+def state(model):
+    return {name: p.clone() for name, p in model.state_dict().items()}, [m.training for m in model.modules()], \
+        sum(len(m._forward_hooks) for m in model.modules())
+
+
+def same_state(model, before):
+    now = state(model)
+    return now[1:] == before[1:] and all(torch.equal(p, before[0][name]) for name, p in now[0].items())
+
+
+def refused(result):
+    code, _, err = result
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (code, err)
+    return lines[0]
+
+
+TINY = ["--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2", "--log-every", "1", "--save-every", "3",
+        "--sample-every", "0", "--table-samples", "0", "--threads", "1", "--no-control"]
+
+
+# ---- Kills and signals ------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_loses_nothing(tmp_path, monkeypatch):
+    """In a process of its own, for it forks: dozens of kills, half of them while a checkpoint is written."""
+    import subprocess
+    run = subprocess.run([sys.executable, crash.__file__, "--kills", "24"], capture_output=True, text=True, timeout=400)
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert run.returncode == 0, run.stderr
+    assert report["kills"] == 24 and report["while_saving"] > 3 and report["different"] == report["unreadable"] == 0
+    assert report["most_repeated"] <= crash.EVERY and report["runs"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_say_how_to_go_on(tmp_path, number, code):
+    import subprocess
+    flags = [*crash.FLAGS, "--steps", "3000", "--save-every", "1000", "--out", "r"]
+    run = subprocess.Popen([sys.executable, train.__file__, *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not (tmp_path / "r/metrics.jsonl").exists() or crash.last_step(tmp_path / "r") < 3:
+        time.sleep(0.05)
+    run.send_signal(number)
+    out, _ = run.communicate(timeout=60)
+    assert run.returncode == code and "saved; go on with: python train.py --resume r" in out
+    assert 3 < crash.saved_step(tmp_path / "r") < 3000
+
+
+def test_resume_names_what_has_changed(cli, tmp_path, monkeypatch):
+    pairs = tmp_path / "d.jsonl"
+    pairs.write_text("\n".join(json.dumps({"prompt": f"p {i}", "response": "r"}) for i in range(8)))
+    assert cli(train, *TINY, "--data", "d.jsonl", "--out", "r")[0] == 0
+    assert cli(train, "--resume", "r")[0] == 0
+    pairs.write_text(pairs.read_text() + "\n" + json.dumps({"prompt": "one more", "response": "r"}))
+    assert "another data (" in refused(cli(train, "--resume", "r"))
+    assert cli(train, "--resume", "r", "--anyway")[0] == 0
+    pairs.unlink()
+    assert "now missing" in refused(cli(train, "--resume", "r"))
+    origin = json.loads((tmp_path / "r/origin.json").read_text())
+    assert {"torch", "memdlm.py", "train.py", "toy/model.py", "toy/data.py"} <= set(origin) and "llada.py" not in origin
+    (tmp_path / "r/origin.json").write_text(json.dumps(origin | {"memdlm.py": "0", "torch": "1.0"}))
+    line = refused(cli(train, "--resume", "r"))
+    assert "memdlm.py (0, now" in line and "torch (1.0, now" in line and "--anyway" in line
+
+
+# ---- Prompts and masks ------------------------------------------------------------------------------------------
+
+def test_an_empty_prompt_is_refused_or_leaves_the_model_as_it_was(cli, tmp_path):
+    model = toy_model()
+    before = state(model)
+    for shape in ((1, 0), (0, 5)):
+        try:
+            memdlm.adapt(model, memdlm.Settings(), torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), [0] * shape[0])
+        except (ValueError, RuntimeError, IndexError):
+            pass
+        assert same_state(model, before)
+    # No valid token in one of two prompts: that one gets no memory, the other all of its own.
+    prompt, valid = torch.randint(2, V, (2, 6)), torch.tensor([[True] * 6, [False] * 6])
+    phi, record = memdlm.adapt(model, memdlm.Settings(), prompt, valid, [0, 1])
+    alone, _ = memdlm.adapt(model, memdlm.Settings(), prompt[:1], valid[:1], [0])
+    for name, (A, B) in phi.items():
+        assert B[1].abs().max() == 0 and torch.allclose(B[0], alone[name][1][0], atol=1e-7) and B[0].abs().max() > 0
+
+
+def test_prompts_of_one_to_three_tokens_are_adapted():
+    model = toy_model()
+    for n in (1, 2, 3):
+        for seed in range(8):
+            phi, record = memdlm.adapt(model, memdlm.Settings(), torch.randint(2, V, (1, n)), torch.ones(1, n, dtype=torch.bool), [seed])
+            assert any(B.abs().max() > 0 for _, B in phi.values()) and record["inner"].min() > 0
+
+
+def test_masks_in_the_prompt_are_left_and_cost_no_answer():
+    model = toy_model()
+    x = torch.tensor([[5, MASK, 7, 0, 0, 0]])
+    fill = torch.tensor([[False] * 3 + [True] * 3])
+    for canvas in memdlm.denoise(model, memdlm.Settings(), x, fill, torch.ones_like(fill), [0]):
+        pass
+    assert canvas[0, 1] == MASK and (canvas[0, 3:] != MASK).all() and torch.equal(canvas[0, [0, 2]], x[0, [0, 2]])
+
+
+def test_a_model_that_loves_the_mask_never_says_it():
+    model = toy_model()
+    model.lm_head.weight.zero_()  # all logits are equal; then the mask's is by far the largest
+    for bias in (0.0, 50.0):
+        model.lm_head.register_forward_hook(lambda module, inputs, out, bias=bias: out.index_add(1, torch.tensor([MASK]), torch.full((len(out), 1), bias)))
+        fill = torch.ones(2, 5, dtype=torch.bool)
+        for canvas in memdlm.denoise(model, memdlm.Settings(), torch.zeros(2, 5, dtype=torch.long), fill, fill, [0, 1], temperature=1.0):
+            pass
+        assert (canvas != MASK).all()
+
+
+def test_two_memories_on_one_model_do_not_know_each_other():
+    """phi is a value: two of them, of different kinds, act where they are asked to and nowhere else."""
+    model, x, valid = toy_model(), torch.randint(2, V, (1, 6)), torch.ones(1, 6, dtype=torch.bool)
+    one, two = memdlm.Settings(inner_lr=0.5), memdlm.Settings(inner_lr=0.5, adapter="full", layer_fraction=1.0, scope="ffn+attn")
+    first, second = (memdlm.adapt(model, s, x, valid, [0])[0] for s in (one, two))
+    def out(s, phi):
+        return memdlm.above(model, s, memdlm.below(model, s, x, valid), valid, phi)
+    plain, with_first, with_second = out(one, None), out(one, first), out(two, second)
+    assert not torch.equal(plain, with_first) and not torch.equal(with_first, with_second)
+    assert torch.equal(out(one, first), with_first) and torch.equal(out(two, None), plain)
+
+
+def test_after_decoding_with_memory_nothing_of_it_is_left():
+    model, x, valid = toy_model(), torch.randint(2, V, (1, 6)), torch.ones(1, 6, dtype=torch.bool)
+    before, s = state(model), memdlm.Settings(inner_lr=1.0)
+    plain = memdlm.response_nll(model, s, x, valid, valid)
+    phi, _ = memdlm.adapt(model, s, x, valid, [0])
+    list(memdlm.denoise(model, s, x, valid, valid, [0], phi))
+    assert same_state(model, before) and torch.equal(memdlm.response_nll(model, s, x, valid, valid), plain)
+
+
+def test_a_thousand_prompts_leave_weights_and_modes_bit_for_bit_and_memory_flat():
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    model, s = toy_model(), memdlm.Settings(trajectory="cover:4", inner_lr=0.3)
+    model.layers[0].train()  # an odd mode, to be kept
+    before, levels = state(model), []
+    generator = torch.Generator().manual_seed(0)
+    for i in range(1000):
+        x = torch.randint(2, V, (1, 1 + i % 40), generator=generator)
+        valid = torch.ones_like(x, dtype=torch.bool)
+        phi, _ = memdlm.adapt(model, s, x, valid, [i])
+        if i % 10 == 0:
+            list(memdlm.denoise(model, s, x, valid, valid, [i], phi, steps=2))
+        if i in (200, 999) and sys.platform == "linux":
+            levels.append(resident())
+    assert same_state(model, before)
+    assert not levels or levels[1] - levels[0] < 20, levels
+
+
+def test_a_diverging_inner_loop_is_cut_off_and_the_model_is_as_before():
+    model, x, valid = toy_model(), torch.randint(2, V, (1, 9)), torch.ones(1, 9, dtype=torch.bool)
+    before = state(model)
+    phi, record = memdlm.adapt(model, memdlm.Settings(inner_lr=1e9, clip="none", inner_steps=4), x, valid, [0])
+    assert same_state(model, before) and all(torch.isfinite(w).all() for pair in phi.values() for w in pair)
+
+
+# ---- Data ----------------------------------------------------------------------------------------------------------------
+
+GOOD = json.dumps({"prompt": "what is up", "response": "the sky"})
+
+
+@pytest.mark.parametrize("line, says", [
+    ('{"prompt": "a", "response": ""}', "'response' is empty"),
+    ('{"prompt": "a", "response": 3}', "'response' must be text, not int"),
+    ('{"prompt": null, "response": "b"}', "'prompt' must be text, not NoneType"),
+    ('["a", "b"]', "must be a JSON object, not list"),
+    ('{"prompt": "a", "prompt": "c", "response": "b"}', "'prompt' stands twice"),
+    ('{"prompt": "a"}', "no 'response'"),
+    ('{"prompt": "\\ud800", "response": "b"}', "line 2"),
+    ("{" * 200_000, "line 2"),
+    ("[" * 200_000, "line 2"),
+    ("{broken", "line 2"), ("nonsense", "line 2"), ("\x00", "line 2")])
+def test_a_bad_line_is_named_by_its_number_or_skipped_and_counted(tmp_path, line, says):
+    path = tmp_path / "d.jsonl"
+    path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
+    with pytest.raises(ValueError, match="line 2") as error:
+        text.read_pairs(path)
+    assert says in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert text.read_pairs(path, skip_bad=True) == ([("what is up", "", "the sky")] * 2, 1)
+
+
+def test_windows_lines_byte_order_marks_and_gigantic_lines(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n\r\n" + GOOD.encode() + b"\r\n")
+    assert text.read_pairs(path) == ([("what is up", "", "the sky")] * 2, 0)
+    path.write_text(json.dumps({"prompt": "x" * 20_000_000, "response": "y"}) + "\n" + GOOD)
+    assert len(text.read_pairs(path)[0]) == 2
+    for encoding in ("utf-16", "latin-1"):
+        path.write_bytes((GOOD + "\n" + json.dumps({"prompt": "ä", "response": "ö"}, ensure_ascii=False)).encode(encoding))
+        with pytest.raises(ValueError, match="not UTF-8"):
+            text.read_pairs(path)
+
+
+@pytest.mark.parametrize("written", ["<mask>", "<pad>", "<eos>", "<|mask|>", "<|endoftext|>", "<sep>"])
+def test_the_names_of_special_tokens_in_text_are_text(tmp_path, written):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"prompt": f"a {written} b", "response": f"{written}"}))
+    (pair,), _ = text.read_pairs(path)
+    sample = text.pair_sample(pair, 256, 64)
+    assert min(sample.prompt) > 3 and text.BYTES.decode(sample.prompt) == f"a {written} b"
+    answer = [i for i, wanted in zip(sample.rest, sample.answer) if wanted]
+    assert min(answer[:len(written)]) > 3  # bytes, all of them; only then the end
+
+
+def mutate(data, rng):
+    """A few random changes to bytes: flips, cuts, doublings, insertions of what breaks parsers."""
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        i = rng.randrange(len(data) + 1)
+        kind = rng.randrange(5)
+        if kind == 0 and data:
+            data[i % len(data)] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del data[i:i + rng.randint(1, 20)]
+        elif kind == 2:
+            data[i:i] = data[max(0, i - rng.randint(1, 30)):i]
+        elif kind == 3:
+            data[i:i] = rng.choice([b"\n", b'"', b"{", b"[", b"}", b"\\u0000", b"\\ud800", b"1e999", b"-1", b"NaN", b"null", b"\xff", b"99999999999999"])
+        else:
+            data[i:i] = bytes(rng.randrange(256) for _ in range(3))
+    return bytes(data)
+
+
+def test_fuzz_the_data_reader(tmp_path):
+    """Thousands of damaged files: each is read or refused in one line, and what is read is text."""
+    rng, path, read = random.Random(0), tmp_path / "d.jsonl", 0
+    source = "\n".join([GOOD, json.dumps({"instruction": "do", "input": "it", "output": "done"}), json.dumps({"prompt": "ä", "question": "?", "response": "ö"})])
+    sources = [source.encode(), json.dumps([json.loads(line) for line in source.split("\n")]).encode()]
+    for i in range(MANY):
+        path.write_bytes(mutate(sources[i % 2], rng))
+        try:
+            pairs, _ = text.read_pairs(path, skip_bad=bool(rng.randrange(2)))
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            continue
+        read += 1
+        for pair in pairs:
+            assert all(isinstance(part, str) for part in pair) and pair[0].strip() and pair[2].strip()
+            try:
+                text.pair_sample(pair, 256, 64)
+            except ValueError as error:
+                assert "fit" in str(error)
+    assert MANY / 20 < read < MANY
+
+
+# ---- Files from strangers --------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub") / "m"
+    llada.write_tiny("llada-moe", folder)
+    return folder
+
+
+ODD = [None, True, -1, 0, 1, 3, 10**9, 10**30, 1e400, 0.5, "a", "", [], {}, [1], {"a": 1}, "../../etc/passwd", float("nan"), [[]] * 3, 2**31]
+
+
+def test_fuzz_the_translation_of_a_config():
+    """Every field, alone and in twos and threes, replaced by something odd: translated within bounds, or refused in one line."""
+    rng, good = random.Random(1), [raw | {"mask_token_id": 5, "eos_token_id": 6} for raw in llada.PUBLISHED.values()]
+    taken = 0
+    for i in range(MANY):
+        raw = dict(good[i % len(good)])
+        for name in rng.sample(list(raw), rng.randint(1, 3)):
+            if rng.random() < 0.2:
+                del raw[name]
+            else:
+                raw[name] = rng.choice(ODD)
+        try:
+            config = llada.translate(raw)
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 500
+            continue
+        taken += 1
+        assert 1 <= config.layers <= 1000 and 1 <= config.width <= 1 << 20 and 1 <= config.vocab_size <= 1 << 24
+        assert 0 <= config.experts <= 1 << 14 and config.heads >= 1
+    assert 0 < taken < MANY / 2
+
+
+def test_fuzz_adapters(tmp_path, hub):
+    """Damaged adapters: loaded with finite weights of the right shape, or refused in one line."""
+    backbone = llada.load(str(hub))
+    llada.add_lora(backbone, 8, 16.0, 0.0, scope="attention")
+    llada.save_adapter(backbone, tmp_path / "a")
+    parts = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir() if path.suffix in (".json", ".safetensors")}
+    rng, loaded, shapes = random.Random(2), 0, {key: p.shape for key, p in llada.lora_weights(backbone).items()}
+    for i in range(MANY // 2):
+        for name, data in parts.items():
+            if name.endswith("json"):
+                data = mutate(data, rng)
+            else:  # its header, where the names, shapes and offsets stand
+                size = 8 + int.from_bytes(data[:8], "little")
+                data = mutate(data[:size], rng) + data[size:] if i % 3 else data
+            (tmp_path / "a" / name).write_bytes(data)
+        try:
+            raw, tensors = llada.read_adapter(str(tmp_path / "a"), "m")
+        except ValueError as error:
+            assert "\n" not in str(error)
+            continue
+        loaded += 1
+        assert all(torch.isfinite(t).all() for t in tensors.values()) and 0 < raw["r"] <= 1 << 16
+    assert loaded < MANY / 2
+    # One that is whole, with a weight that is not a number.
+    for name, data in parts.items():
+        (tmp_path / "a" / name).write_bytes(data)
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, tmp_path / "a/adapter_model.safetensors")
+    with pytest.raises(ValueError, match="not finite"):
+        llada.read_adapter(str(tmp_path / "a"), "m")
+
+
+def test_fuzz_checkpoints_of_runs(cli, tmp_path):
+    """A damaged model.safetensors is loaded with finite weights or refused in one line."""
+    assert cli(train, *TINY, "--data", "languages", "--out", "r")[0] == 0
+    path, rng, loaded = tmp_path / "r/model.safetensors", random.Random(3), 0
+    whole = path.read_bytes()
+    size = 8 + int.from_bytes(whole[:8], "little")
+    s = train.read_settings(tmp_path / "r")
+    for i in range(MANY // 4):
+        path.write_bytes(mutate(whole[:size], rng) + whole[size:] if i % 3 else mutate(whole, rng))
+        _, model = train.build(s)
+        try:
+            step = train.load(tmp_path / "r", model)
+        except ValueError as error:
+            assert "\n" not in str(error) and "model.safetensors" in str(error)
+            continue
+        loaded += 1
+        assert all(p.isfinite().all() for p in model.parameters()) and isinstance(step, int)
+    assert loaded < MANY / 4
+
+
+@hypothesis_settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.dictionaries(st.sampled_from([f.name for f in fields(train.Settings)] + ["__class__", "nonsense"]),
+                       st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=2))))
+def test_settings_of_a_strange_run_are_sound_or_refused(tmp_path_factory, values):
+    folder = tmp_path_factory.mktemp("r")
+    (folder / "settings.json").write_text(json.dumps(asdict(train.Settings()) | values))
+    try:
+        s = train.read_settings(folder)
+    except ValueError as error:
+        assert "\n" not in str(error)
+        return
+    for f in fields(s):
+        kind = {"int": int, "float": (int, float), "str": str, "bool": bool}[f.type]
+        assert isinstance(getattr(s, f.name), kind), f.name
+    assert s.width <= 1 << 14 and s.layers <= 1000
+
+
+def test_bombs_are_refused_before_anything_is_built(cli, tmp_path, hub):
+    for values in ({"width": 10**9}, {"layers": 10**9}, {"prompt_length": 10**12}, {"heads": 10**9}, {"lr": 1e300}, {"batch": 10**10}):
+        (tmp_path / "r").mkdir(exist_ok=True)
+        (tmp_path / "r/settings.json").write_text(json.dumps(asdict(train.Settings()) | values))
+        assert "must lie between" in refused(cli(generate, "--run", "r"))
+    raw = json.loads((hub / "config.json").read_text())
+    for values in ({"num_hidden_layers": 10**9}, {"vocab_size": 10**12}, {"num_experts": 10**9}):
+        with pytest.raises(ValueError, match=next(iter(values))):
+            llada.translate(raw | values)
+
+
+def test_weights_that_are_not_numbers_are_refused_by_name(tmp_path, hub):
+    import shutil
+    shutil.copytree(hub, tmp_path / "m")
+    path = next((tmp_path / "m").glob("*00001*.safetensors"))
+    tensors = load_file(path)
+    name = sorted(n for n, t in tensors.items() if t.dim() == 2)[0]
+    tensors[name][0, 0] = float("inf")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} holds numbers that are not finite".replace(".", r"\.")):
+        llada.load(str(tmp_path / "m"))
+
+
+def test_pickles_and_code_in_a_folder_are_not_touched(cli, tmp_path):
+    """A run folder with a pickle for weights, a sitecustomize and a script: refused, and nothing of it has run."""
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/owned",))
+    import pickle
+    assert cli(train, *TINY, "--data", "languages", "--out", "r")[0] == 0
+    for name in ("model.safetensors", "pytorch_model.bin", "optimizer.pt"):
+        (tmp_path / "r" / name).write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "r/toy.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')")
+    before = {path for path in tmp_path.rglob("*")}
+    assert "not a checkpoint" in refused(cli(generate, "--run", "r", "--prompt", "ba be"))
+    assert {path for path in tmp_path.rglob("*")} == before and not (tmp_path / "owned").exists()
+
+
+# ---- Masks, schedules and decoding under random circumstances ----------------------------------------------------------------
+
+@hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 14), st.integers(1, 14), st.sampled_from([0.0, 0.7]),
+       st.sampled_from(["low_confidence", "random"]), st.integers(0, 1000))
+def test_decoding_fills_each_gap_once_and_nothing_else(rows, length, steps, block, temperature, remasking, seed):
+    model, generator = toy_model(1), torch.Generator().manual_seed(seed)
+    x = torch.randint(2, V, (rows, length), generator=generator)
+    valid = torch.arange(length) < torch.randint(1, length + 1, (rows, 1), generator=generator)
+    fill = valid & (torch.rand(rows, length, generator=generator) < 0.6)
+    canvases = list(memdlm.denoise(model, memdlm.Settings(), x, fill, valid, list(range(rows)), steps=steps, block_length=block,
+                                   temperature=temperature, remasking=remasking))
+    before = torch.where(fill, MASK, x)
+    for canvas in canvases:
+        assert torch.equal(canvas[~fill], x[~fill]) and ((canvas == before) | (before == MASK))[fill].all()
+        before = canvas
+    assert not canvases or (canvases[-1][fill] != MASK).all()
+    assert bool(canvases) == bool(fill.any())
+
+
+@hypothesis_settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.sampled_from(["consistent", "pre_only", "anchor_only", "inconsistent", "cover:1", "cover:3", "cover:50"]), st.integers(2, 6),
+       st.floats(1, 5), st.floats(0, 1), st.sampled_from(["clean", "anchor_tokens"]), st.booleans(), st.integers(0, 10**6))
+def test_stages_stay_within_what_may_be_masked(trajectory, steps, scale, ratio, target, weighted, seed):
+    s = memdlm.Settings(trajectory=trajectory, inner_steps=steps, pre_scale=scale, anchor_ratio=ratio, stage1_target=target)
+    generator = torch.Generator().manual_seed(seed)
+    x0, maskable = torch.randint(2, V, (3, 11), generator=generator), torch.rand(3, 11, generator=generator) < 0.6
+    t = torch.rand(3, generator=generator)
+    masked = maskable & (torch.rand(3, 11, generator=generator) < t[:, None])
+    for stage in memdlm.stages(s, x0, masked, maskable, t, [seed, 1, 2], MASK, weighted):
+        hidden = stage.x == MASK
+        assert not (hidden & ~maskable).any() and not (stage.targets & ~hidden).any()
+        assert torch.equal(stage.x[~hidden], x0[~hidden]) and stage.weight.isfinite().all() and (stage.weight >= 0).all()
