@@ -1143,9 +1143,8 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
     """Fill in the positions `fill` of x, a block of 32 after the other. Yields the canvas [B, L] after each step.
 
     Within a block every position whose token is more probable than `threshold` is committed, and at least the scheduled
-    number (32 / steps per block, so one by default). edit_threshold: from the second look on, tokens of the block may be
-    replaced where the model prefers another one by more than this (LLaDA2.1's editing; its Speed mode is 0.5 / 0.0, Quality
-    0.7 / 0.5); the block is finished when nothing changes any more, at the latest after `extra_steps` looks without masks.
+    number (32 / steps per block, so one by default). edit_threshold: from the second look on, tokens of the block are replaced
+    where the model prefers another by more than this (LLaDA2.1's editing), until nothing changes or after `extra_steps` looks.
 
     Finished blocks never change and do not look ahead, so their keys and values, computed from their final tokens, are kept and
     exact: a step computes 32 positions. fill is what follows the prompt in each row; blocks count from the start of the row,
@@ -1157,8 +1156,7 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
     stops = torch.tensor(backbone.tokenizer.stop_ids if backbone.tokenizer else [backbone.config.eos_id])
 
     def forward(start, stop, need=None):
-        """Hidden states of x[:, start:stop], of which `need` are read. None: no hidden state, but these are final tokens, whose
-        keys and values are kept."""
+        """Hidden states of x[:, start:stop], read where `need` is. None: nowhere; final tokens, of which the past keeps a copy."""
         past.keep = keep = need is None
         need = torch.zeros(x[:, start:stop].shape, dtype=torch.bool) if keep else need
         with memdlm.fast_weights(backbone, s, phi):

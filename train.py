@@ -71,8 +71,8 @@ class Settings(memdlm.Settings):
                          "a GPU, on a CPU the file's", ["auto", "bfloat16", "float32"])
     attention: str = setting("full", "LLaDA2.x in training and adaptation: full, as in the published run, or block, the "
                              "block-causal mask it decodes with", ["full", "block"])
-    experts: str = setting("loop", "of MoE layers: one after the other, or grouped, all in one product per projection: fewer and larger "
-                           "kernels, the weights of a layer put together first", ["loop", "grouped"])
+    experts: str = setting("loop", "of MoE layers: one after the other, or grouped, all in one product per projection (fewer and "
+                           "larger kernels; a layer's weights are put together first)", ["loop", "grouped"])
     lora: bool = setting(True, "train a LoRA (through PEFT) on frozen weights; --no-lora trains all weights")
     lora_rank: int = setting(32, "rank of the outer LoRA")
     lora_alpha: float = setting(64.0, "its product is scaled by alpha / rank")
@@ -97,9 +97,11 @@ class Settings(memdlm.Settings):
                      "lora_rank", "max_length", "eval_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name, high in dict(lr=1e30, warmup=1, weight_decay=1e3, grad_clip=math.inf, lora_dropout=1, steps=1e9, batch=1e6, width=1 << 14,
-                               layers=1000, heads=1 << 10, prompt_length=1 << 20, response_length=1 << 20, max_length=1 << 20,
-                               lora_rank=1 << 16, epochs=1e6).items():
+        # A run folder may come from a stranger: nothing in it may ask for a model without end.
+        highest = dict(lr=1e30, warmup=1, weight_decay=1e3, grad_clip=math.inf, lora_dropout=1, steps=1e9, epochs=1e6, batch=1e6,
+                       width=1 << 14, layers=1000, heads=1 << 10, prompt_length=1 << 20, response_length=1 << 20,
+                       max_length=1 << 20, lora_rank=1 << 16)
+        for name, high in highest.items():
             if not 0 <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and {high:g}")
         if self.model == "toy" and (self.load_4bit or self.from_adapter):
@@ -304,9 +306,10 @@ def check_origin(folder, s):
     path = folder / "origin.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     now = origin(s)
-    if differs := [f"{name} ({before[name]}, now {now.get(name, 'missing')})" for name in before if before[name] != now.get(name)]:
-        raise ValueError(f"{folder} was started with another {', another '.join(differs)}: going on would make a run that nobody can "
-                         "repeat. Bring that back, start anew, or say --anyway")
+    differs = [f"{name} ({value}, now {now.get(name, 'missing')})" for name, value in before.items() if value != now.get(name)]
+    if differs:
+        raise ValueError(f"{folder} was started with another {', another '.join(differs)}: going on would make a run that nobody "
+                         "can repeat. Bring that back, start anew, or say --anyway")
 
 
 def latest_run(root="runs"):
@@ -581,12 +584,8 @@ def train(s, folder, resume, stop, processes):
         if s.from_run and not s.toy_lora:
             load(s.from_run, model)
         start = load(folder, model, optimizer, processes.count) if resume and (folder / "model.safetensors").exists() else 0
-        if processes.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "origin.json").exists():
-                write_whole(folder / "origin.json", lambda path: path.write_text(json.dumps(origin(s), indent=2) + "\n"))
-            write_whole(folder / "settings.json", lambda path: path.write_text(json.dumps(asdict(s), indent=2) + "\n"))
-    main = processes.rank == 0
+        if main := processes.rank == 0:
+            open_folder(s, folder)
     if main:
         announce(s, folder, data, parameters, processes)
     wrapped, parts = processes.wrap(model), s.accumulate * processes.count
@@ -633,6 +632,14 @@ def leave(folder, step, stop, main):
     if main:
         print(f"stopped after step {step + 1} and saved; go on with: python train.py --resume {whole}")
     sys.exit(128 + (stop.signal or signal.SIGTERM))
+
+
+def open_folder(s, folder):
+    """settings.json last: with it the folder is a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "origin.json").exists():
+        write_whole(folder / "origin.json", lambda path: path.write_text(json.dumps(origin(s), indent=2) + "\n"))
+    write_whole(folder / "settings.json", lambda path: path.write_text(json.dumps(asdict(s), indent=2) + "\n"))
 
 
 def announce(s, folder, data, parameters, processes):

@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # imported once: every run is a fork of this process
 
 EVERY = 4
-FLAGS = ["--model", "toy", "--data", "languages", "--steps", "60", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2",
-         "--log-every", "1", "--save-every", str(EVERY), "--sample-every", "0", "--table-samples", "0", "--threads", "1", "--no-control"]
+FLAGS = ["--model", "toy", "--data", "languages", "--steps", "60", "--batch", "2",
+         "--width", "16", "--layers", "1", "--heads", "2", "--log-every", "1", "--save-every", str(EVERY),
+         "--sample-every", "0", "--table-samples", "0", "--threads", "1", "--no-control"]
 
 
 def start(*arguments):
@@ -115,7 +116,8 @@ def crash(kills, seed=0, how=signal.SIGKILL):
             folder.rmdir()
         else:
             raise SystemExit(f"a run ended with {code}:\n{Path('log.txt').read_text()[-2000:]}")
-    while (code := ended(start(*(["--resume", str(folder)] if (folder / "settings.json").exists() else [*FLAGS, "--out", str(folder)])),
+    while (code := ended(start(*(["--resume", str(folder)] if (folder / "settings.json").exists()
+                                 else [*FLAGS, "--out", str(folder)])),
                          time.monotonic() + 300)) != 0:
         raise SystemExit(f"the last run ended with {code}:\n{Path('log.txt').read_text()[-2000:]}")
     report["runs"] += 1

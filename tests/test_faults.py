@@ -50,8 +50,8 @@ def refused(result):
     return lines[0]
 
 
-TINY = ["--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2", "--log-every", "1", "--save-every", "3",
-        "--sample-every", "0", "--table-samples", "0", "--threads", "1", "--no-control"]
+TINY = ["--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2", "--log-every", "1",
+        "--save-every", "3", "--sample-every", "0", "--table-samples", "0", "--threads", "1", "--no-control"]
 
 
 # ---- Kills and signals ------------------------------------------------------------------------------------
@@ -72,7 +72,8 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, monkeypatch):
 def test_signals_save_and_say_how_to_go_on(tmp_path, number, code):
     import subprocess
     flags = [*crash.FLAGS, "--steps", "3000", "--save-every", "1000", "--out", "r"]
-    run = subprocess.Popen([sys.executable, train.__file__, *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    run = subprocess.Popen([sys.executable, train.__file__, *flags], cwd=tmp_path,
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     while not (tmp_path / "r/metrics.jsonl").exists() or crash.last_step(tmp_path / "r") < 3:
         time.sleep(0.05)
     run.send_signal(number)
@@ -105,7 +106,8 @@ def test_an_empty_prompt_is_refused_or_leaves_the_model_as_it_was(cli, tmp_path)
     before = state(model)
     for shape in ((1, 0), (0, 5)):
         try:
-            memdlm.adapt(model, memdlm.Settings(), torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), [0] * shape[0])
+            memdlm.adapt(model, memdlm.Settings(), torch.zeros(shape, dtype=torch.long),
+                         torch.zeros(shape, dtype=torch.bool), [0] * shape[0])
         except (ValueError, RuntimeError, IndexError):
             pass
         assert same_state(model, before)
@@ -121,7 +123,8 @@ def test_prompts_of_one_to_three_tokens_are_adapted():
     model = toy_model()
     for n in (1, 2, 3):
         for seed in range(8):
-            phi, record = memdlm.adapt(model, memdlm.Settings(), torch.randint(2, V, (1, n)), torch.ones(1, n, dtype=torch.bool), [seed])
+            phi, record = memdlm.adapt(model, memdlm.Settings(), torch.randint(2, V, (1, n)),
+                                       torch.ones(1, n, dtype=torch.bool), [seed])
             assert any(B.abs().max() > 0 for _, B in phi.values()) and record["inner"].min() > 0
 
 
@@ -138,9 +141,11 @@ def test_a_model_that_loves_the_mask_never_says_it():
     model = toy_model()
     model.lm_head.weight.zero_()  # all logits are equal; then the mask's is by far the largest
     for bias in (0.0, 50.0):
-        model.lm_head.register_forward_hook(lambda module, inputs, out, bias=bias: out.index_add(1, torch.tensor([MASK]), torch.full((len(out), 1), bias)))
+        model.lm_head.register_forward_hook(lambda module, inputs, out, bias=bias: out.index_add(
+            1, torch.tensor([MASK]), torch.full((len(out), 1), bias)))
         fill = torch.ones(2, 5, dtype=torch.bool)
-        for canvas in memdlm.denoise(model, memdlm.Settings(), torch.zeros(2, 5, dtype=torch.long), fill, fill, [0, 1], temperature=1.0):
+        for canvas in memdlm.denoise(model, memdlm.Settings(), torch.zeros(2, 5, dtype=torch.long), fill, fill, [0, 1],
+                                     temperature=1.0):
             pass
         assert (canvas != MASK).all()
 
@@ -148,7 +153,8 @@ def test_a_model_that_loves_the_mask_never_says_it():
 def test_two_memories_on_one_model_do_not_know_each_other():
     """phi is a value: two of them, of different kinds, act where they are asked to and nowhere else."""
     model, x, valid = toy_model(), torch.randint(2, V, (1, 6)), torch.ones(1, 6, dtype=torch.bool)
-    one, two = memdlm.Settings(inner_lr=0.5), memdlm.Settings(inner_lr=0.5, adapter="full", layer_fraction=1.0, scope="ffn+attn")
+    one, two = (memdlm.Settings(inner_lr=0.5),
+                memdlm.Settings(inner_lr=0.5, adapter="full", layer_fraction=1.0, scope="ffn+attn"))
     first, second = (memdlm.adapt(model, s, x, valid, [0])[0] for s in (one, two))
     def out(s, phi):
         return memdlm.above(model, s, memdlm.below(model, s, x, valid), valid, phi)
@@ -254,7 +260,8 @@ def mutate(data, rng):
         elif kind == 2:
             data[i:i] = data[max(0, i - rng.randint(1, 30)):i]
         elif kind == 3:
-            data[i:i] = rng.choice([b"\n", b'"', b"{", b"[", b"}", b"\\u0000", b"\\ud800", b"1e999", b"-1", b"NaN", b"null", b"\xff", b"99999999999999"])
+            data[i:i] = rng.choice([b"\n", b'"', b"{", b"[", b"}", b"\\u0000", b"\\ud800", b"1e999", b"-1", b"NaN", b"null",
+                                    b"\xff", b"99999999999999"])
         else:
             data[i:i] = bytes(rng.randrange(256) for _ in range(3))
     return bytes(data)
@@ -263,7 +270,9 @@ def mutate(data, rng):
 def test_fuzz_the_data_reader(tmp_path):
     """Thousands of damaged files: each is read or refused in one line, and what is read is text."""
     rng, path, read = random.Random(0), tmp_path / "d.jsonl", 0
-    source = "\n".join([GOOD, json.dumps({"instruction": "do", "input": "it", "output": "done"}), json.dumps({"prompt": "ä", "question": "?", "response": "ö"})])
+    source = "\n".join([GOOD,
+                        json.dumps({"instruction": "do", "input": "it", "output": "done"}),
+                        json.dumps({"prompt": "ä", "question": "?", "response": "ö"})])
     sources = [source.encode(), json.dumps([json.loads(line) for line in source.split("\n")]).encode()]
     for i in range(MANY):
         path.write_bytes(mutate(sources[i % 2], rng))
@@ -291,11 +300,12 @@ def hub(tmp_path_factory):
     return folder
 
 
-ODD = [None, True, -1, 0, 1, 3, 10**9, 10**30, 1e400, 0.5, "a", "", [], {}, [1], {"a": 1}, "../../etc/passwd", float("nan"), [[]] * 3, 2**31]
+ODD = [None, True, -1, 0, 1, 3, 10**9, 10**30, 1e400, 0.5, "a", "", [], {}, [1], {"a": 1}, "../../etc/passwd", float("nan"),
+       [[]] * 3, 2**31]
 
 
 def test_fuzz_the_translation_of_a_config():
-    """Every field, alone and in twos and threes, replaced by something odd: translated within bounds, or refused in one line."""
+    """Fields replaced by something odd, up to three at a time: translated within bounds, or refused in one line."""
     rng, good = random.Random(1), [raw | {"mask_token_id": 5, "eos_token_id": 6} for raw in llada.PUBLISHED.values()]
     taken = 0
     for i in range(MANY):
@@ -371,7 +381,8 @@ def test_fuzz_checkpoints_of_runs(cli, tmp_path):
 
 @hypothesis_settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from([f.name for f in fields(train.Settings)] + ["__class__", "nonsense"]),
-                       st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=2))))
+                       st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
+                                 st.lists(st.integers(), max_size=2))))
 def test_settings_of_a_strange_run_are_sound_or_refused(tmp_path_factory, values):
     folder = tmp_path_factory.mktemp("r")
     (folder / "settings.json").write_text(json.dumps(asdict(train.Settings()) | values))
@@ -387,7 +398,8 @@ def test_settings_of_a_strange_run_are_sound_or_refused(tmp_path_factory, values
 
 
 def test_bombs_are_refused_before_anything_is_built(cli, tmp_path, hub):
-    for values in ({"width": 10**9}, {"layers": 10**9}, {"prompt_length": 10**12}, {"heads": 10**9}, {"lr": 1e300}, {"batch": 10**10}):
+    for values in ({"width": 10**9}, {"layers": 10**9}, {"prompt_length": 10**12}, {"heads": 10**9}, {"lr": 1e300},
+                   {"batch": 10**10}):
         (tmp_path / "r").mkdir(exist_ok=True)
         (tmp_path / "r/settings.json").write_text(json.dumps(asdict(train.Settings()) | values))
         assert "must lie between" in refused(cli(generate, "--run", "r"))
@@ -445,8 +457,9 @@ def test_decoding_fills_each_gap_once_and_nothing_else(rows, length, steps, bloc
 
 
 @hypothesis_settings(max_examples=80, deadline=None, derandomize=True)
-@given(st.sampled_from(["consistent", "pre_only", "anchor_only", "inconsistent", "cover:1", "cover:3", "cover:50"]), st.integers(2, 6),
-       st.floats(1, 5), st.floats(0, 1), st.sampled_from(["clean", "anchor_tokens"]), st.booleans(), st.integers(0, 10**6))
+@given(st.sampled_from(["consistent", "pre_only", "anchor_only", "inconsistent", "cover:1", "cover:3", "cover:50"]),
+       st.integers(2, 6), st.floats(1, 5), st.floats(0, 1), st.sampled_from(["clean", "anchor_tokens"]), st.booleans(),
+       st.integers(0, 10**6))
 def test_stages_stay_within_what_may_be_masked(trajectory, steps, scale, ratio, target, weighted, seed):
     s = memdlm.Settings(trajectory=trajectory, inner_steps=steps, pre_scale=scale, anchor_ratio=ratio, stage1_target=target)
     generator = torch.Generator().manual_seed(seed)

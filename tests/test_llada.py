@@ -903,7 +903,8 @@ def test_small_updates_of_a_bfloat16_lora_are_not_lost():
     """A thousand steps of 2e-5 on weights of 0.02, where bfloat16's neighbours are 1.2e-4 apart."""
     import bitsandbytes as bnb
     s, moved = train.Settings(model="x", lora_dtype="bfloat16", optimizer="adamw8bit", lr=2e-5), {}
-    for name, make in (("ours", lambda p: train.make_optimizer(s, p)), ("plain", lambda p: bnb.optim.AdamW8bit(p, lr=2e-5, weight_decay=0.0))):
+    for name, make in (("ours", lambda p: train.make_optimizer(s, p)),
+                       ("plain", lambda p: bnb.optim.AdamW8bit(p, lr=2e-5, weight_decay=0.0))):
         torch.manual_seed(0)
         p = nn.Parameter(torch.full((8192,), 0.02, dtype=torch.bfloat16))
         optimizer, start = make([p]), 0.02
@@ -1002,11 +1003,13 @@ def test_rows_that_are_read_are_as_if_all_were_computed(name_of, per_sample):
 def test_unread_rows_skip_the_feed_forward():
     backbone, batch = tiny("llada-moe"), rows([20, 20])
     seen = []
-    backbone.core.model.layers[-1].mlp.experts.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[:-1].numel()))
+    backbone.core.model.layers[-1].mlp.experts.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].shape[:-1].numel()))
     need = torch.zeros_like(batch.valid)
     need[0, 3:6] = True
     for rows_read in (need, None, torch.zeros_like(need)):
-        memdlm.above(backbone, Settings(), memdlm.below(backbone, Settings(), batch.x0, batch.valid), batch.valid, None, rows_read)
+        memdlm.above(backbone, Settings(), memdlm.below(backbone, Settings(), batch.x0, batch.valid), batch.valid, None,
+                     rows_read)
     assert seen == [3, 40]
 
 

@@ -29,9 +29,15 @@ def test_summary_by_hand():
 
 
 @pytest.mark.parametrize("differences, expect, word", [
-    ([0.1, 0.11, 0.12], "more", "reproduced"), ([0.1, 0.11, 0.12], "less", "reversed"), ([-0.1, -0.11, -0.12], "less", "reproduced"),
-    ([0.1, -0.1, 0.1], "more", "not reproduced"), ([0.0, 0.0, 0.0], "more", "not reproduced"), ([1.0, 2.0], "more", "not reproduced"),
-    ([0.001, -0.001, 0.0], "same", "reproduced"), ([0.1, 0.11, 0.12], "same", "reversed"), ([0.1, -0.1, 0.0], "same", "not reproduced"),
+    ([0.1, 0.11, 0.12], "more", "reproduced"),
+    ([0.1, 0.11, 0.12], "less", "reversed"),
+    ([-0.1, -0.11, -0.12], "less", "reproduced"),
+    ([0.1, -0.1, 0.1], "more", "not reproduced"),
+    ([0.0, 0.0, 0.0], "more", "not reproduced"),
+    ([1.0, 2.0], "more", "not reproduced"),
+    ([0.001, -0.001, 0.0], "same", "reproduced"),
+    ([0.1, 0.11, 0.12], "same", "reversed"),
+    ([0.1, -0.1, 0.0], "same", "not reproduced"),
     ([0.3], "more", "not run"), ([], "more", "not run")])
 def test_verdicts(differences, expect, word):
     assert verdict(differences, expect) == word
@@ -127,7 +133,8 @@ def test_command_line(cli, monkeypatch, tmp_path):
     code, _, err = cli(evaluate, "--paper", "toy", "--jobs", "0")
     assert code == 2 and "at least 1" in err and len(err.splitlines()) == 1
     monkeypatch.setitem(paper.SIZES, "quick", TINY)
-    monkeypatch.setattr(paper, "plan", lambda size, plan=paper.plan: {k: r for k, r in plan(size).items() if k in ("base", "mdlm")})
+    monkeypatch.setattr(paper, "plan", lambda size, plan=paper.plan: {
+        k: r for k, r in plan(size).items() if k in ("base", "mdlm")})
     code, out, err = cli(evaluate, "--paper", "toy", "--quick", "--jobs", "1", "--seeds", "1", "--out", "p")
     assert code == 0 and "Table 1" in out and (tmp_path / "p/quick/report.html").exists()
 

@@ -17,81 +17,110 @@ class Claim(NamedTuple):
     expect: str    # more, less, same
 
 
-def claims():
-    one, two = ("memdlm", "mdlm"), ("scratch memdlm", "scratch mdlm")
-    table = []
+TUNED, SCRATCH = ("memdlm", "mdlm"), ("scratch memdlm", "scratch mdlm")  # with memory, without
 
-    def say(place, text, first, second, expect):
-        table.append(Claim(place, text, first, second, expect))
 
-    for place, where, what in (("Table 1", "in", "at trained lengths"), ("Table 2", "beyond", "at 2 and 4 times the trained length")):
-        on, off, base, other = (one[0], f"{where} adapted"), (one[0], f"{where} alone"), (one[1], f"{where} alone"), (one[0], f"{where} another")
-        say(place, f"train-only retrieves more than MDLM, {what}", off, base, "more")
-        say(place, f"train & inference retrieves more than train-only, {what}", on, off, "more")
-        say(place, f"train & inference retrieves more than MDLM, {what}", on, base, "more")
-        say("control", "... and more than MDLM with the same adaptation", on, (one[1], f"{where} adapted"), "more")
-        say("control", "... and more than with phi of another prompt", on, other, "more")
-        say("control", "MDLM retrieves more when adapted to its prompt", (one[1], f"{where} adapted"), base, "more")
+def retrieval_claims():
+    for place, where, what in (("Table 1", "in", "at trained lengths"),
+                               ("Table 2", "beyond", "at 2 and 4 times the trained length")):
+        on, off, base, other = ((TUNED[0], f"{where} adapted"), (TUNED[0], f"{where} alone"),
+                                (TUNED[1], f"{where} alone"), (TUNED[0], f"{where} another"))
+        yield Claim(place, f"train-only retrieves more than MDLM, {what}", off, base, "more")
+        yield Claim(place, f"train & inference retrieves more than train-only, {what}", on, off, "more")
+        yield Claim(place, f"train & inference retrieves more than MDLM, {what}", on, base, "more")
+        yield Claim("control", "... and more than MDLM with the same adaptation", on, (TUNED[1], f"{where} adapted"), "more")
+        yield Claim("control", "... and more than with phi of another prompt", on, other, "more")
+        yield Claim("control", "MDLM retrieves more when adapted to its prompt", (TUNED[1], f"{where} adapted"), base, "more")
 
-    for runs, how in ((two, "from scratch"), (one, "tuned")):
-        memory, plain = runs
-        say("Fig. 3", f"train-only has a lower exposure-bias ratio than MDLM, {how}", (memory, "ratio alone"), (plain, "ratio alone"), "less")
-        say("Fig. 3", f"train & inference has a lower ratio than train-only, {how}", (memory, "ratio adapted"), (memory, "ratio alone"), "less")
-        say("control", "... at matched positions, train-only against MDLM", (memory, "ratio matched alone"), (plain, "ratio matched alone"), "less")
-        say("control", "... with a lower static loss, too", (memory, "static alone"), (plain, "static alone"), "less")
-        say("control", "dividing MDLM's logits by 3 lowers the ratio too, with decoding unchanged", (plain, "ratio cooled"), (plain, "ratio alone"), "less")
-    for runs, how in ((two, "from scratch"), (one, "tuned")):
-        memory, plain = runs
-        say("Fig. 4", f"lower training loss, as published: measured with phi of the answers, {how}", (memory, "train"), (plain, "train"), "less")
-        say("Fig. 4", f"lower evaluation loss, as published: with phi of the answers, {how}", (memory, "nats answers"), (plain, "nats alone"), "less")
-        say("control", "... without phi, on the training samples", (memory, "train alone"), (plain, "train"), "less")
-        say("control", "... without phi, on held-out samples", (memory, "nats alone"), (plain, "nats alone"), "less")
-        say("control", "... without phi, in the first half of training (converges faster)", (memory, "train alone, first half"), (plain, "train alone, first half"), "less")
-    say("4.5", "adapting a MemDLM to its prompt lowers the loss, from scratch", (two[0], "nats adapted"), (two[0], "nats alone"), "less")
-    say("control", "adapting a plain MDLM does so too", (two[1], "nats adapted"), (two[1], "nats alone"), "less")
-    say("control", "MemDLM adapted is better than MDLM adapted alike", (two[0], "nats adapted"), (two[1], "nats adapted"), "less")
-    say("control", "... and than MDLM given the same compute, adapted alike", (two[0], "nats adapted"), ("scratch mdlm, same compute", "nats adapted"), "less")
-    say("control", "MDLM gains more from four masks that cover the prompt than from the paper's two", (two[1], "nats cover"), (two[1], "nats adapted"), "less")
 
+def exposure_claims():
+    for (memory, plain), how in ((SCRATCH, "from scratch"), (TUNED, "tuned")):
+        yield Claim("Fig. 3", f"train-only has a lower exposure-bias ratio than MDLM, {how}",
+            (memory, "ratio alone"), (plain, "ratio alone"), "less")
+        yield Claim("Fig. 3", f"train & inference has a lower ratio than train-only, {how}",
+            (memory, "ratio adapted"), (memory, "ratio alone"), "less")
+        yield Claim("control", "... at matched positions, train-only against MDLM",
+            (memory, "ratio matched alone"), (plain, "ratio matched alone"), "less")
+        yield Claim("control", "... with a lower static loss, too", (memory, "static alone"), (plain, "static alone"), "less")
+        yield Claim("control", "dividing MDLM's logits by 3 lowers the ratio too, with decoding unchanged",
+            (plain, "ratio cooled"), (plain, "ratio alone"), "less")
+
+
+def training_claims():
+    for (memory, plain), how in ((SCRATCH, "from scratch"), (TUNED, "tuned")):
+        yield Claim("Fig. 4", f"lower training loss, as published: measured with phi of the answers, {how}",
+            (memory, "train"), (plain, "train"), "less")
+        yield Claim("Fig. 4", f"lower evaluation loss, as published: with phi of the answers, {how}",
+            (memory, "nats answers"), (plain, "nats alone"), "less")
+        yield Claim("control", "... without phi, on the training samples", (memory, "train alone"), (plain, "train"), "less")
+        yield Claim("control", "... without phi, on held-out samples", (memory, "nats alone"), (plain, "nats alone"), "less")
+        yield Claim("control", "... without phi, in the first half of training (converges faster)",
+            (memory, "train alone, first half"), (plain, "train alone, first half"), "less")
+    yield Claim("4.5", "adapting a MemDLM to its prompt lowers the loss, from scratch",
+        (SCRATCH[0], "nats adapted"), (SCRATCH[0], "nats alone"), "less")
+    yield Claim("control", "adapting a plain MDLM does so too", (SCRATCH[1], "nats adapted"), (SCRATCH[1], "nats alone"), "less")
+    yield Claim("control", "MemDLM adapted is better than MDLM adapted alike",
+        (SCRATCH[0], "nats adapted"), (SCRATCH[1], "nats adapted"), "less")
+    yield Claim("control", "... and than MDLM given the same compute, adapted alike",
+        (SCRATCH[0], "nats adapted"), ("scratch mdlm, same compute", "nats adapted"), "less")
+    yield Claim("control", "MDLM gains more from four masks that cover the prompt than from the paper's two",
+        (SCRATCH[1], "nats cover"), (SCRATCH[1], "nats adapted"), "less")
+
+
+def forgetting_claims():
     short = "in alone"
-    say("Fig. 5", "tuning an MDLM costs retrieval that the base had", (one[1], short), ("base", short), "less")
-    say("Fig. 5", "MemDLM, train-only, retrieves more than the base", (one[0], short), ("base", short), "more")
-    say("Fig. 5", "MemDLM, train & inference, retrieves more than the base", (one[0], "in adapted"), ("base", short), "more")
-    say("control", "MDLM keeps more at half the learning rate", ("mdlm, lr x 0.5", short), (one[1], short), "more")
-    say("control", "MemDLM keeps more than MDLM at half the learning rate", (one[0], short), ("mdlm, lr x 0.5", short), "more")
-    say("control", "MemDLM keeps more than MDLM after half the steps", (one[0], short), ("mdlm, half the steps", short), "more")
+    yield Claim("Fig. 5", "tuning an MDLM costs retrieval that the base had", (TUNED[1], short), ("base", short), "less")
+    yield Claim("Fig. 5", "MemDLM, train-only, retrieves more than the base", (TUNED[0], short), ("base", short), "more")
+    yield Claim("Fig. 5", "MemDLM, train & inference, retrieves more than the base", (TUNED[0], "in adapted"), ("base", short), "more")
+    yield Claim("control", "MDLM keeps more at half the learning rate", ("mdlm, lr x 0.5", short), (TUNED[1], short), "more")
+    yield Claim("control", "MemDLM keeps more than MDLM at half the learning rate", (TUNED[0], short), ("mdlm, lr x 0.5", short), "more")
+    yield Claim("control", "MemDLM keeps more than MDLM after half the steps", (TUNED[0], short), ("mdlm, half the steps", short), "more")
 
-    best = (one[0], "in adapted")
-    for name, text in (("kl", "KL"), ("reverse_kl", "reverse KL"), ("hidden_cosine", "hidden cosine"), ("hidden_mse", "hidden MSE")):
-        say("Fig. 6", f"cross-entropy in the inner loop is better than {text}", best, (name, "in adapted"), "more")
+
+def ablation_claims():
+    best = (TUNED[0], "in adapted")
+    for name, text in (("kl", "KL"), ("reverse_kl", "reverse KL"),
+                       ("hidden_cosine", "hidden cosine"), ("hidden_mse", "hidden MSE")):
+        yield Claim("Fig. 6", f"cross-entropy in the inner loop is better than {text}", best, (name, "in adapted"), "more")
     for name, text in (("all layers", "all layers"), ("ffn+attn", "FFN and attention"), ("full rank", "a full-rank delta")):
-        say("Fig. 7", f"the last layer's FFN is better than {text}", best, (name, "in adapted"), "more")
-    say("Fig. 7", "a full-rank delta reaches a lower training loss", ("full rank", "train"), (one[0], "train"), "less")
+        yield Claim("Fig. 7", f"the last layer's FFN is better than {text}", best, (name, "in adapted"), "more")
+    yield Claim("Fig. 7", "a full-rank delta reaches a lower training loss", ("full rank", "train"), (TUNED[0], "train"), "less")
     for name, text in (("clip global", "global clipping"), ("clip 0.5", "a threshold of 0.5"), ("clip 2", "a threshold of 2")):
-        say("4.4", f"local clipping at 1 is better than {text}", best, (name, "in adapted"), "more")
-    say("4.4", "without clipping it is about as good", best, ("no clip", "in adapted"), "same")
-    say("4.4", "a pre-anchor scale of 1.5 is better than 1.25", best, ("s_pre 1.25", "in adapted"), "more")
+        yield Claim("4.4", f"local clipping at 1 is better than {text}", best, (name, "in adapted"), "more")
+    yield Claim("4.4", "without clipping it is about as good", best, ("no clip", "in adapted"), "same")
+    yield Claim("4.4", "a pre-anchor scale of 1.5 is better than 1.25", best, ("s_pre 1.25", "in adapted"), "more")
     for scale in ("1.75", "2"):
-        say("4.4", f"... and about as good as {scale}", best, (f"s_pre {scale}", "in adapted"), "same")
+        yield Claim("4.4", f"... and about as good as {scale}", best, (f"s_pre {scale}", "in adapted"), "same")
     for ratio in (0.4, 0.6, 0.8):
-        say("Fig. 8", f"an anchor ratio of {ratio} at inference is about as good as 0.2", (one[0], f"in anchor {ratio}"), (one[0], "in anchor 0.2"), "same")
-    say("Fig. 9", "the consistent trajectory has a lower training loss than the inconsistent one", (one[0], "train"), ("inconsistent", "train"), "less")
-    say("Fig. 9", "... and retrieves more", best, ("inconsistent", "in adapted"), "more")
+        yield Claim("Fig. 8", f"an anchor ratio of {ratio} at inference is about as good as 0.2",
+            (TUNED[0], f"in anchor {ratio}"), (TUNED[0], "in anchor 0.2"), "same")
+    yield Claim("Fig. 9", "the consistent trajectory has a lower training loss than the inconsistent one",
+        (TUNED[0], "train"), ("inconsistent", "train"), "less")
+    yield Claim("Fig. 9", "... and retrieves more", best, ("inconsistent", "in adapted"), "more")
     for name, text in (("anchor only", "the anchor stage alone"), ("pre only", "the pre-anchor stage alone"),
-                       ("pre only, anchor tokens", "the pre-anchor stage alone, anchor tokens"), ("anchor tokens", "both with Eq. 7 to the letter")):
-        say("Fig. 10", f"two stages with clean targets are better than {text}", best, (name, "in adapted"), "more")
+                       ("pre only, anchor tokens", "the pre-anchor stage alone, anchor tokens"),
+                       ("anchor tokens", "both with Eq. 7 to the letter")):
+        yield Claim("Fig. 10", f"two stages with clean targets are better than {text}", best, (name, "in adapted"), "more")
     for k in (3, 4):
-        say("Fig. 11", f"{k} inner steps lower the training loss", (f"K={k}", "train"), (one[0], "train"), "less")
-        say("Fig. 11", f"... and retrieve less than 2", (f"K={k}", "in adapted"), best, "less")
+        yield Claim("Fig. 11", f"{k} inner steps lower the training loss", (f"K={k}", "train"), (TUNED[0], "train"), "less")
+        yield Claim("Fig. 11", f"... and retrieve less than 2", (f"K={k}", "in adapted"), best, "less")
 
+
+def recall_claims():
     own = ("closed memdlm", "recall cover")
-    say("4.2", "phi holds the prompt: closed book, own phi recalls more than none", own, ("closed memdlm", "recall alone"), "more")
-    say("control", "... than phi of another prompt", own, ("closed memdlm", "recall cover another"), "more")
-    say("control", "... than a closed-book MDLM", own, ("closed mdlm", "recall alone"), "more")
-    say("control", "... than that MDLM adapted at inference only (learning to adapt matters)", own, ("closed mdlm", "recall cover"), "more")
-    say("control", "... than the paper's two masks at inference", own, ("closed memdlm", "recall paper's masks"), "more")
-    say("4.2", "phi relieves attention: recalls more than attention that sees the prompt", own, ("open mdlm", "recall alone"), "more")
-    return table
+    yield Claim("4.2", "phi holds the prompt: closed book, own phi recalls more than none",
+        own, ("closed memdlm", "recall alone"), "more")
+    yield Claim("control", "... than phi of another prompt", own, ("closed memdlm", "recall cover another"), "more")
+    yield Claim("control", "... than a closed-book MDLM", own, ("closed mdlm", "recall alone"), "more")
+    yield Claim("control", "... than that MDLM adapted at inference only (learning to adapt matters)",
+        own, ("closed mdlm", "recall cover"), "more")
+    yield Claim("control", "... than the paper's two masks at inference", own, ("closed memdlm", "recall paper's masks"), "more")
+    yield Claim("4.2", "phi relieves attention: recalls more than attention that sees the prompt",
+        own, ("open mdlm", "recall alone"), "more")
+
+
+def claims():
+    return [*retrieval_claims(), *exposure_claims(), *training_claims(), *forgetting_claims(), *ablation_claims(), *recall_claims()]
 
 
 def value(results, place):
@@ -131,7 +160,7 @@ def verdict(differences, expect):
 
 
 def judged(results):
-    """A row per claim: place, text, both means, mean difference, standard error, interval, seeds on the claimed side, verdict."""
+    """A row per claim: place, text, differences, their mean, standard error and interval, seeds on the claimed side, verdict."""
     out = []
     for claim in claims():
         differences = paired(results, claim.first, claim.second)
@@ -141,6 +170,7 @@ def judged(results):
             mean, error, half = summary(differences)
             sign = {"more": 1, "less": -1}.get(claim.expect)
             agree = sum(abs(x) <= FLAT if sign is None else x * sign > 0 for x in differences)
-            row |= {"mean": mean, "error": error, "interval": [mean - half, mean + half], "agree": f"{agree} of {len(differences)}"}
+            row |= {"mean": mean, "error": error, "interval": [mean - half, mean + half],
+                    "agree": f"{agree} of {len(differences)}"}
         out.append(row)
     return out

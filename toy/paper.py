@@ -61,7 +61,8 @@ ABLATIONS = {
     "kl": dict(inner_loss="kl"), "reverse_kl": dict(inner_loss="reverse_kl"),
     "hidden_cosine": dict(inner_loss="hidden_cosine"), "hidden_mse": dict(inner_loss="hidden_mse"),
     "all layers": dict(layer_fraction=1.0), "ffn+attn": dict(scope="ffn+attn"), "full rank": dict(adapter="full"),
-    "clip global": dict(clip="global"), "clip 0.5": dict(clip_norm=0.5), "clip 2": dict(clip_norm=2.0), "no clip": dict(clip="none"),
+    "clip global": dict(clip="global"), "clip 0.5": dict(clip_norm=0.5), "clip 2": dict(clip_norm=2.0),
+    "no clip": dict(clip="none"),
     "s_pre 1.25": dict(pre_scale=1.25), "s_pre 1.75": dict(pre_scale=1.75), "s_pre 2": dict(pre_scale=2.0),
     "inconsistent": dict(trajectory="inconsistent"),
     "anchor only": dict(trajectory="anchor_only"), "pre only": dict(trajectory="pre_only"),
@@ -103,9 +104,11 @@ def plan(size):
                  "mdlm, batch 4": Run(tuned | off | dict(batch=4), small),
                  "memdlm, shared by 4, eta 0.1": Run(tuned | dict(per_sample=False, inner_lr=0.1, batch=4), small),
                  "mdlm, lora": Run(tuned | off | lora, small),
-                 "memdlm, lora, eta 0.01": Run(tuned | lora | dict(inner_lr=0.01), small), "memdlm, lora, eta 0.03": Run(tuned | lora, small),
+                 "memdlm, lora, eta 0.01": Run(tuned | lora | dict(inner_lr=0.01), small),
+                 "memdlm, lora, eta 0.03": Run(tuned | lora, small),
                  "memdlm from the prompt": Run(tuned | written | dict(memory_from="prompt"), small)}
-        runs |= {f"scratch memdlm, eta {eta:g}": Run(scratch | dict(inner_lr=eta), ("nats_short",)) for eta in (0.01, 0.03, 0.1)}
+        runs |= {f"scratch memdlm, eta {eta:g}": Run(scratch | dict(inner_lr=eta), ("nats_short",))
+                 for eta in (0.01, 0.03, 0.1)}
         runs |= {"scratch memdlm, shared, eta 0.1": Run(scratch | dict(per_sample=False, inner_lr=0.1), ("nats",)),
                  "scratch mdlm, 4 x steps": Run(scratch | off | dict(steps=4 * size.scratch), ("nats",)),
                  "scratch memdlm, 4 x steps": Run(scratch | dict(steps=4 * size.scratch), ("nats",)),
@@ -134,7 +137,7 @@ def mean(values):
 
 
 def retrieval(s, model, size, lengths=None, names=("alone", "adapted", "another")):
-    """Share of answer tokens right, by task, length and row; "in" and "beyond": means inside and outside the trained lengths."""
+    """Share of answer tokens right, by task, length and row. "in" and "beyond": means inside and outside the trained lengths."""
     out, lengths = {}, lengths or size.lengths
     for length in lengths:
         named = [(task, f"paper {task} {length} {i}") for task in tasks.RETRIEVAL for i in range(size.samples)]
@@ -181,11 +184,14 @@ def exposure(s, model, size):
         inner, source = rows(s)["alone" if row == "cooled" else row]
         phi = evaluate.written(model, inner, source, batch)
         head.data.div_(3 if row == "cooled" else 1)
-        losses = memdlm.exposure_bias(model.backbone, inner, batch.x0, batch.maskable, batch.valid, batch.seeds, evaluate.RATIOS, phi)
+        losses = memdlm.exposure_bias(model.backbone, inner, batch.x0, batch.maskable, batch.valid, batch.seeds,
+                                      evaluate.RATIOS, phi)
         head.data.mul_(3 if row == "cooled" else 1)
         static, sequential, matched = (losses[name].mean(1) for name in ("static", "sequential", "matched"))
-        out |= {f"exposure {name} {row}": x.tolist() for name, x in (("static", static), ("sequential", sequential), ("matched", matched))}
-        out |= {f"ratio {row}": (sequential / static)[1:].mean().item(), f"ratio matched {row}": (sequential / matched)[1:].mean().item(),
+        out |= {f"exposure {name} {row}": x.tolist()
+                for name, x in (("static", static), ("sequential", sequential), ("matched", matched))}
+        out |= {f"ratio {row}": (sequential / static)[1:].mean().item(),
+                f"ratio matched {row}": (sequential / matched)[1:].mean().item(),
                 f"static {row}": static[1:].mean().item()}
     return out
 
@@ -209,7 +215,8 @@ def bins(s, model, size):
 
 def anchor_ratios(s, model, size):
     """Retrieval inside the trained lengths with other anchors at inference (Fig. 8)."""
-    return {f"in anchor {ratio}": retrieval(replace(s, anchor_ratio=ratio), model, size, size.lengths[:2], ("adapted",))["in adapted"]
+    return {f"in anchor {ratio}": retrieval(replace(s, anchor_ratio=ratio), model, size, size.lengths[:2],
+                                            ("adapted",))["in adapted"]
             for ratio in (0.2, 0.4, 0.6, 0.8)}
 
 
@@ -218,11 +225,13 @@ def inner(s, model, size):
     s, batch = at_inference(s), ToyData(s.data).tests("32", range(2 * size.samples), False, "paper")
     x0, valid, backbone = batch.prompt, batch.prompt_valid, model.backbone
     masked = memdlm.at_least_one(valid, memdlm.uniform(batch.seeds, "prompt anchor", x0.shape[1]), s.anchor_ratio)
-    path = memdlm.stages(s, x0, masked, valid, torch.full((len(x0),), s.anchor_ratio), batch.seeds, backbone.mask_id, weighted=False)
+    path = memdlm.stages(s, x0, masked, valid, torch.full((len(x0),), s.anchor_ratio), batch.seeds, backbone.mask_id,
+                         weighted=False)
     pairs = []
     for k in range(len(path)):  # the stage once more shows what its step did
         _, record = memdlm.inner_loop(backbone, s, path[:k + 1] + path[k:k + 1], x0, valid,
-                                      lambda x: memdlm.below(backbone, s, x, valid).detach(), memdlm.fresh_phi(backbone, s, batch.seeds))
+                                      lambda x: memdlm.below(backbone, s, x, valid).detach(),
+                                      memdlm.fresh_phi(backbone, s, batch.seeds))
         pairs.append(record["inner"][-2:].tolist())
     return {"inner before": [before for before, _ in pairs], "inner after": [after for _, after in pairs]}
 
@@ -276,7 +285,8 @@ def recall(s, model, size):
     return out
 
 
-MEASURES = {f.__name__: f for f in (retrieval, retrieval_short, nats, nats_short, exposure, bins, anchor_ratios, inner, where, order, needle, recall)}
+MEASURES = {f.__name__: f for f in (retrieval, retrieval_short, nats, nats_short, exposure, bins,
+                                    anchor_ratios, inner, where, order, needle, recall)}
 
 
 def dynamics(folder):
@@ -286,7 +296,8 @@ def dynamics(folder):
     alone = [line.get("ce_without", line["ce"]) for line in lines]
     half, last = len(lines) // 2, -(-len(lines) // 4)
     return {"curve steps": [line["step"] for line in lines], "curve": trained, "curve alone": alone,
-            "train": mean(trained[-last:]), "train alone": mean(alone[-last:]), "train alone, first half": mean(alone[:half or 1])}
+            "train": mean(trained[-last:]), "train alone": mean(alone[-last:]),
+            "train alone, first half": mean(alone[:half or 1])}
 
 
 # ---- Working through the runs ---------------------------------------------------------------------------------
@@ -350,13 +361,15 @@ def work_all(size, folder, jobs, seeds, only=None):
             if done(folder / str(seed) / name, settings_of(run, seed, folder)) is None}
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=quiet)
     running, total = {}, sum(cost(run) for run in todo.values())
-    with tqdm(total=round(total), unit="", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", disable=not todo) as bar:
+    with tqdm(total=round(total), unit="", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+              disable=not todo) as bar:
         try:
             while todo or running:
                 waits = {seed for name, seed in [*todo, *running.values()] if name == "base"}
                 ready = [key for key in todo if key[0] == "base" or key[1] not in waits or "from_run" not in todo[key].settings]
                 # The long ones first, so that the end does not wait for one.
-                for key in sorted(ready, key=lambda key: (key[0] != "base", -cost(todo[key])))[:max(0, 2 * jobs - len(running))]:
+                for key in sorted(ready,
+                                  key=lambda key: (key[0] != "base", -cost(todo[key])))[:max(0, 2 * jobs - len(running))]:
                     run = todo.pop(key)
                     s = settings_of(run, key[1], folder)
                     running[pool.submit(work, s, run.measures, folder / str(key[1]) / key[0], size)] = key
@@ -372,7 +385,8 @@ def work_all(size, folder, jobs, seeds, only=None):
                 process.terminate()
             raise
     pool.shutdown()
-    return {name: [done(folder / str(seed) / name, settings_of(run, seed, folder)) for seed in range(seeds)] for name, run in runs.items()}
+    return {name: [done(folder / str(seed) / name, settings_of(run, seed, folder)) for seed in range(seeds)]
+            for name, run in runs.items()}
 
 
 def paper_toy(quick, jobs, seeds, out):

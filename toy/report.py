@@ -18,10 +18,13 @@ METHODS = (("MDLM", "mdlm", "alone"), ("train-only", "memdlm", "alone"), ("train
            ("MDLM, adapted", "mdlm", "adapted"), ("train & inference, phi of another prompt", "memdlm", "another"))
 
 # The paper's BABILong-1K scores of the ablations (train & inference).
-PAPER = {"memdlm": .684, "mdlm": .538, "kl": .660, "reverse_kl": .624, "hidden_cosine": .582, "hidden_mse": .572, "all layers": .574,
-         "ffn+attn": .648, "full rank": .602, "clip global": .632, "clip 0.5": .630, "clip 2": .640, "no clip": .682, "s_pre 1.25": .624,
-         "s_pre 1.75": .674, "s_pre 2": .678, "inconsistent": .604, "anchor only": .646, "pre only": .604,
-         "pre only, anchor tokens": .620, "anchor tokens": .668, "K=3": .644, "K=4": .590}
+PAPER = {"memdlm": .684, "mdlm": .538,
+         "kl": .660, "reverse_kl": .624, "hidden_cosine": .582, "hidden_mse": .572,
+         "all layers": .574, "ffn+attn": .648, "full rank": .602,
+         "clip global": .632, "clip 0.5": .630, "clip 2": .640, "no clip": .682,
+         "s_pre 1.25": .624, "s_pre 1.75": .674, "s_pre 2": .678,
+         "inconsistent": .604, "anchor only": .646, "pre only": .604, "pre only, anchor tokens": .620, "anchor tokens": .668,
+         "K=3": .644, "K=4": .590}
 
 FAR = (("tuned, eta 0.003", "memdlm, lr 0.001, eta 0.003", "mdlm"), ("tuned, eta 0.01", "memdlm, lr 0.001, eta 0.01", "mdlm"),
        ("tuned, eta 0.03 (the default here)", "memdlm", "mdlm"), ("tuned, eta 0.1", "memdlm, lr 0.001, eta 0.1", "mdlm"),
@@ -31,15 +34,19 @@ FAR = (("tuned, eta 0.003", "memdlm, lr 0.001, eta 0.003", "mdlm"), ("tuned, eta
        ("tuned at lr 3e-4, eta 0.1", "memdlm, lr 0.0003, eta 0.1", "mdlm, lr x 0.3"),
        ("tuned at lr 3e-4, eta 0.3", "memdlm, lr 0.0003, eta 0.3", "mdlm, lr x 0.3"),
        ("tuned at lr 1e-4, eta 0.1", "memdlm, lr 0.0001, eta 0.1", "mdlm, lr 0.0001"),
-       ("tuned by a LoRA, eta 0.01", "memdlm, lora, eta 0.01", "mdlm, lora"), ("tuned by a LoRA, eta 0.03", "memdlm, lora, eta 0.03", "mdlm, lora"),
+       ("tuned by a LoRA, eta 0.01", "memdlm, lora, eta 0.01", "mdlm, lora"),
+       ("tuned by a LoRA, eta 0.03", "memdlm, lora, eta 0.03", "mdlm, lora"),
        ("tuned, phi from the prompt (ours)", "memdlm from the prompt", "mdlm"),
-       ("scratch, eta 0.003 (the default here)", "scratch memdlm", "scratch mdlm"), ("scratch, eta 0.01", "scratch memdlm, eta 0.01", "scratch mdlm"),
-       ("scratch, eta 0.03", "scratch memdlm, eta 0.03", "scratch mdlm"), ("scratch, eta 0.1", "scratch memdlm, eta 0.1", "scratch mdlm"),
+       ("scratch, eta 0.003 (the default here)", "scratch memdlm", "scratch mdlm"),
+       ("scratch, eta 0.01", "scratch memdlm, eta 0.01", "scratch mdlm"),
+       ("scratch, eta 0.03", "scratch memdlm, eta 0.03", "scratch mdlm"),
+       ("scratch, eta 0.1", "scratch memdlm, eta 0.1", "scratch mdlm"),
        ("scratch, phi shared by 32, eta 0.1", "scratch memdlm, shared, eta 0.1", "scratch mdlm"),
        ("scratch, 4 times the steps", "scratch memdlm, 4 x steps", "scratch mdlm, 4 x steps"),
        ("scratch, D = 128", "scratch memdlm, wide", "scratch mdlm, wide"))
 
-UNTESTED = """Not testable on a toy: LongBench (Table 3) and BABILong as such, whose texts need a model that reads; what happens at
+UNTESTED = """\
+Not testable on a toy: LongBench (Table 3) and BABILong as such, whose texts need a model that reads; what happens at
 7B and 16B weights; lengths of thousands of tokens; anything that a pretrained model's knowledge decides. Scope f = 0.05 and
 0.25 are the same layer as 0.10 in a model of two layers."""
 
@@ -71,7 +78,8 @@ def retrieval_table(results, lengths):
     """Tables 1 and 2: percent of answer tokens right."""
     out = [["method", *(f"{task} {length}" for task in (*tasks.RETRIEVAL, "mean") for length in lengths)]]
     for label, run, row in (("base, not tuned", "base", "alone"), *METHODS):
-        keys = [f"{task} {length} {row}" for task in tasks.RETRIEVAL for length in lengths] + [f"{length} {row}" for length in lengths]
+        keys = ([f"{task} {length} {row}" for task in tasks.RETRIEVAL for length in lengths]
+                + [f"{length} {row}" for length in lengths])
         out.append([label, *(shown(value(results, (run, key)), 1, percent=True) for key in keys)])
     return out
 
@@ -80,8 +88,11 @@ def ablation_table(results):
     out = [["variant", "paper, BABILong-1K", "training loss", "retrieval, adapted, %", "minus the default", "train-only, %"]]
     for name, paper in PAPER.items():
         difference = paired(results, (name, "in adapted"), ("memdlm", "in adapted"))
-        out.append([{"memdlm": "MemDLM, default", "mdlm": "MDLM, adapted"}.get(name, name), f"{paper:.3f}", shown(value(results, (name, "train"))),
-                    shown(value(results, (name, "in adapted")), 1, percent=True), shown(difference, 1, "+", True) if name != "memdlm" else "",
+        out.append([{"memdlm": "MemDLM, default", "mdlm": "MDLM, adapted"}.get(name, name),
+                    f"{paper:.3f}",
+                    shown(value(results, (name, "train"))),
+                    shown(value(results, (name, "in adapted")), 1, percent=True),
+                    shown(difference, 1, "+", True) if name != "memdlm" else "",
                     shown(value(results, (name, "in alone")), 1, percent=True)])
     return out
 
@@ -92,17 +103,22 @@ def far_table(results):
             ("retrieval, train-only, %", "in alone", 1, True), ("retrieval, both adapted, %", "in adapted", 1, True))
     out = [["setting (MemDLM minus MDLM)", *(key[0] for key in keys)]]
     for label, memory, plain in FAR:
-        out.append([label, *(shown(paired(results, (memory, key), (plain, key)), digits, "+", percent) for _, key, digits, percent in keys)])
+        out.append([label, *(shown(paired(results, (memory, key), (plain, key)), digits, "+", percent)
+                             for _, key, digits, percent in keys)])
     return out
 
 
 def recall_table(results):
-    columns = [key[7:-6] for key in next((seed for seed in results.get("closed memdlm", []) if seed), {}) if key.startswith("recall ")
-               and key.endswith(" alone") and key != "recall alone"]
+    measures = next((seed for seed in results.get("closed memdlm", []) if seed), {})
+    columns = [key[7:-6] for key in measures
+               if key.startswith("recall ") and key.endswith(" alone") and key != "recall alone"]
     out = [["closed book: phi written from", *columns, "mean"]]
-    for label, run, row in (("its prompt", "closed memdlm", "cover"), ("nothing", "closed memdlm", "alone"),
-                            ("another prompt", "closed memdlm", "cover another"), ("its prompt, the paper's masks", "closed memdlm", "paper's masks"),
-                            ("closed-book MDLM: nothing", "closed mdlm", "alone"), ("closed-book MDLM: its prompt, at inference only", "closed mdlm", "cover"),
+    for label, run, row in (("its prompt", "closed memdlm", "cover"),
+                            ("nothing", "closed memdlm", "alone"),
+                            ("another prompt", "closed memdlm", "cover another"),
+                            ("its prompt, the paper's masks", "closed memdlm", "paper's masks"),
+                            ("closed-book MDLM: nothing", "closed mdlm", "alone"),
+                            ("closed-book MDLM: its prompt, at inference only", "closed mdlm", "cover"),
                             ("MDLM that sees the prompt: nothing", "open mdlm", "alone")):
         out.append([label, *(shown(value(results, (run, f"recall {column} {row}")), 2) for column in columns),
                     shown(value(results, (run, f"recall {row}")), 2)])
@@ -111,7 +127,9 @@ def recall_table(results):
 
 def markdown(table):
     lines = [" | ".join(row) for row in table]
-    return "\n".join(f"| {line} |" for line in (lines[0], "|".join(["---"] * len(table[0])), *lines[1:])).replace("| ---|", "|---|").replace("--- |", "---|")
+    rule = "|".join(["---"] * len(table[0]))
+    text = "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:]))
+    return text.replace("| ---|", "|---|").replace("--- |", "---|")
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
@@ -119,7 +137,8 @@ def markdown(table):
 def curve(results, run, key):
     """Mean over seeds of a list, and its standard error."""
     lists = torch.tensor([seed[key] for seed in results.get(run, []) if seed and key in seed], dtype=torch.float64)
-    return (lists.mean(0), lists.std(0) / len(lists) ** 0.5 if len(lists) > 1 else torch.zeros_like(lists[0])) if len(lists) else (None, None)
+    return ((lists.mean(0), lists.std(0) / len(lists) ** 0.5 if len(lists) > 1 else torch.zeros_like(lists[0]))
+            if len(lists) else (None, None))
 
 
 def line(ax, x, results, run, key, label, color, style="-"):
@@ -140,8 +159,10 @@ BOTH = (("scratch ", "from scratch"), ("", "tuned"))
 def exposure_picture(plt, results):
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for (prefix, how), (left, right) in zip(BOTH, axes):
-        for label, run, row, name in (("MDLM", "mdlm", "alone", "MDLM"), ("MDLM, logits / 3", "mdlm", "cooled", "MDLM, adapted"),
-                                      ("train-only", "memdlm", "alone", "train-only"), ("train & inference", "memdlm", "adapted", "train & inference")):
+        for label, run, row, name in (("MDLM", "mdlm", "alone", "MDLM"),
+                                      ("MDLM, logits / 3", "mdlm", "cooled", "MDLM, adapted"),
+                                      ("train-only", "memdlm", "alone", "train-only"),
+                                      ("train & inference", "memdlm", "adapted", "train & inference")):
             static, _ = curve(results, prefix + run, f"exposure static {row}")
             if static is None:
                 continue
@@ -151,7 +172,8 @@ def exposure_picture(plt, results):
                 right.plot(RATIOS, sequential, color=COLORS[name], label=label)
                 right.plot(RATIOS, static, "--", color=COLORS[name])
         left.set(title=f"{how}: sequential / static loss", xlabel="mask ratio (decoding goes right)", xlim=(1, 0.1))
-        right.set(title=f"{how}: sequential loss, dashed static", xlabel="mask ratio", ylabel="nats per masked token", xlim=(1, 0.1))
+        right.set(title=f"{how}: sequential loss, dashed static", xlabel="mask ratio", ylabel="nats per masked token",
+                  xlim=(1, 0.1))
         legend(left)
     return figure
 
@@ -161,7 +183,8 @@ def bins_picture(plt, results):
     for (prefix, how), ax in zip(BOTH, axes):
         line(ax, RATIOS, results, prefix + "mdlm", "bins alone", "MDLM", COLORS["MDLM"])
         for row, label in (("alone", "train-only"), ("adapted", "train & inference"), ("answers", "answers")):
-            line(ax, RATIOS, results, prefix + "memdlm", f"bins {row}", label if row != "answers" else "phi of the answers", COLORS[label])
+            line(ax, RATIOS, results, prefix + "memdlm", f"bins {row}",
+                 label if row != "answers" else "phi of the answers", COLORS[label])
         ax.set(title=f"{how}: loss by mask ratio", xlabel="mask ratio", ylabel="nats per masked token", xlim=(1, 0.1))
     legend(axes[0])
     return figure
@@ -170,7 +193,8 @@ def bins_picture(plt, results):
 def dynamics_picture(plt, results):
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for (prefix, how), ax in zip(BOTH, axes):
-        for run, key, label, name in (("mdlm", "curve", "MDLM", "MDLM"), ("memdlm", "curve", "MemDLM, with phi of the answers", "answers"),
+        for run, key, label, name in (("mdlm", "curve", "MDLM", "MDLM"),
+                                      ("memdlm", "curve", "MemDLM, with phi of the answers", "answers"),
                                       ("memdlm", "curve alone", "MemDLM, without phi", "train-only")):
             steps, _ = curve(results, prefix + run, "curve steps")
             if steps is not None:
@@ -214,14 +238,16 @@ def inner_picture(plt, results):
             mean, error = curve(results, prefix + "memdlm", f"inner {key}")
             if mean is not None:
                 ax.bar([k + shift for k in range(len(mean))], mean, 0.38, yerr=error, color=color, label=f"{key} the step")
-        ax.set(title=f"{how}: adapting to a prompt", xticks=[0, 1], xticklabels=["stage 1, pre-anchor", "stage 2, anchor"], ylabel="nats per masked token")
+        ax.set(title=f"{how}: adapting to a prompt", xticks=[0, 1], xticklabels=["stage 1, pre-anchor", "stage 2, anchor"],
+               ylabel="nats per masked token")
     legend(axes[0], loc="lower left")
     return figure
 
 
 def order_picture(plt, results):
     figure, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    for run, row, label, name in (("scratch mdlm", "alone", "MDLM", "MDLM"), ("scratch memdlm", "alone", "train-only", "train-only"),
+    for run, row, label, name in (("scratch mdlm", "alone", "MDLM", "MDLM"),
+                                  ("scratch memdlm", "alone", "train-only", "train-only"),
                                   ("scratch memdlm", "cover", "adapted, cover:4", "train & inference")):
         line(ax, None, results, run, f"order {row}", label, COLORS[name])
     ax.set(title="from scratch: when a position is decided", xlabel="position in the response", ylabel="mean step, of 16")
@@ -235,18 +261,27 @@ def where_picture(plt, results):
     if mean is not None:
         names = next(seed["where names"] for seed in results["memdlm"] if seed)
         last = max(name.split(".")[1] for name in names)
-        ax.bar(range(len(names)), mean, yerr=error, color=[COLORS["train & inference" if name.split(".")[1] == last and ".mlp." in name else "MDLM"] for name in names])
-        ax.set_xticks(range(len(names)), [name.replace("layers.", "").replace("_proj", "") for name in names], rotation=60, ha="right")
-        ax.set(title="where phi lives, if all matrices may change (blue: those of the paper's default)", ylabel="norm of the change")
+        colors = [COLORS["train & inference" if name.split(".")[1] == last and ".mlp." in name else "MDLM"] for name in names]
+        labels = [name.replace("layers.", "").replace("_proj", "") for name in names]
+        ax.bar(range(len(names)), mean, yerr=error, color=colors)
+        ax.set_xticks(range(len(names)), labels, rotation=60, ha="right")
+        ax.set(title="where phi lives, if all matrices may change (blue: those of the paper's default)",
+               ylabel="norm of the change")
     return figure
 
 
 def frontier_picture(plt, results):
     figure, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for run, label, name in (("mdlm", "MDLM", "MDLM"), ("mdlm, half the steps", "half the steps", "MDLM"), ("mdlm, lr x 0.5", "lr x 0.5", "MDLM"),
-                             ("mdlm, lr x 0.3", "lr x 0.3", "MDLM"), ("mdlm, lr 0.0001", "lr x 0.1", "MDLM"), ("memdlm", "MemDLM, eta 0.03", "train-only"),
-                             ("memdlm, lr 0.001, eta 0.003", "eta 0.003", "train-only"), ("memdlm, lr 0.001, eta 0.01", "eta 0.01", "train-only"),
-                             ("memdlm, lr 0.0003, eta 0.03", "lr x 0.3, eta 0.03", "train-only"), ("memdlm from the prompt", "phi from the prompt", "train & inference")):
+    for run, label, name in (("mdlm", "MDLM", "MDLM"),
+                             ("mdlm, half the steps", "half the steps", "MDLM"),
+                             ("mdlm, lr x 0.5", "lr x 0.5", "MDLM"),
+                             ("mdlm, lr x 0.3", "lr x 0.3", "MDLM"),
+                             ("mdlm, lr 0.0001", "lr x 0.1", "MDLM"),
+                             ("memdlm", "MemDLM, eta 0.03", "train-only"),
+                             ("memdlm, lr 0.001, eta 0.003", "eta 0.003", "train-only"),
+                             ("memdlm, lr 0.001, eta 0.01", "eta 0.01", "train-only"),
+                             ("memdlm, lr 0.0003, eta 0.03", "lr x 0.3, eta 0.03", "train-only"),
+                             ("memdlm from the prompt", "phi from the prompt", "train & inference")):
         x, y = ([v for v in value(results, (run, key)) if v is not None] for key in ("nats alone", "in alone"))
         if x:
             (mx, ex, _), (my, ey, _) = summary(x), summary(y)
@@ -256,8 +291,8 @@ def frontier_picture(plt, results):
     if base is not None:
         ax.axhline(base.mean(), color="#CCCCCC", linewidth=0.8)
         ax.annotate("base", (ax.get_xlim()[1], base.mean()), ha="right", va="bottom", fontsize=7)
-    ax.set(title="learning the new data against keeping the old, all without phi", xlabel="loss on the new data (left is better)",
-           ylabel="retrieval (up is better)")
+    ax.set(title="learning the new data against keeping the old, all without phi",
+           xlabel="loss on the new data (left is better)", ylabel="retrieval (up is better)")
     return figure
 
 
@@ -267,10 +302,14 @@ def pictures(results, size):
     if plt is None:
         return out
     for name, caption, figure in (
-            ("dynamics", "Fig. 4. The loss with phi has seen the answers; only the loss without it compares with MDLM.", dynamics_picture(plt, results)),
-            ("exposure", "Fig. 3. Read the ratio beside the losses, and beside the dotted line: MDLM itself, less confident, decoding the same.", exposure_picture(plt, results)),
+            ("dynamics", "Fig. 4. The loss with phi has seen the answers; only the loss without it compares with MDLM.",
+             dynamics_picture(plt, results)),
+            ("exposure", "Fig. 3. Read the ratio beside the losses, and beside the dotted line: MDLM itself, less confident, "
+                         "decoding the same.",
+             exposure_picture(plt, results)),
             ("frontier", "Fig. 5 with its control: whoever moves less forgets less.", frontier_picture(plt, results)),
-            ("needle", "Share of answers right by prompt length and depth of the pair.", needle_picture(plt, results, size.lengths)),
+            ("needle", "Share of answers right by prompt length and depth of the pair.",
+             needle_picture(plt, results, size.lengths)),
             ("bins", "Loss by mask ratio.", bins_picture(plt, results)),
             ("inner", "Inner loss before and after each step.", inner_picture(plt, results)),
             ("order", "Unmasking order: low steps are decided first.", order_picture(plt, results)),
@@ -285,13 +324,16 @@ def pictures(results, size):
 # ---- Files ---------------------------------------------------------------------------------------------------
 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto } td, th { padding: 3px 9px; text-align: left; border-bottom: 1px solid #e4e4e4; white-space: nowrap }
-img { max-width: 100% } figcaption { color: #666; font-size: 13px } .reproduced { color: #00694e } .reversed { color: #a33b00 } .control td { color: #666 }"""
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto } \
+td, th { padding: 3px 9px; text-align: left; border-bottom: 1px solid #e4e4e4; white-space: nowrap }
+img { max-width: 100% } figcaption { color: #666; font-size: 13px } \
+.reproduced { color: #00694e } .reversed { color: #a33b00 } .control td { color: #666 }"""
 
 
 def page(title, intro, sections):
     """sections: (heading, text, table or None, list of (caption, png))."""
-    out = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>"]
+    out = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
+           f"<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>"]
     for heading, text, table, images in sections:
         out.append(f"<h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>")
         if table:
@@ -300,11 +342,13 @@ def page(title, intro, sections):
             for row in rows:
                 kind = "control" if row[0] == "control" else ""
                 out.append(f"<tr class='{kind}'>" + "".join(
-                    f"<td class='{html.escape(cell)}'>{html.escape(cell)}</td>" if cell in ("reproduced", "reversed") else f"<td>{html.escape(cell)}</td>"
+                    f"<td class='{html.escape(cell)}'>{html.escape(cell)}</td>" if cell in ("reproduced", "reversed")
+                    else f"<td>{html.escape(cell)}</td>"
                     for cell in row) + "</tr>")
             out.append("</table>")
         for caption, png in images:
-            out.append(f"<figure><img alt='{html.escape(caption)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+            data = base64.b64encode(png).decode()
+            out.append(f"<figure><img alt='{html.escape(caption)}' src='data:image/png;base64,{data}'>"
                        f"<figcaption>{html.escape(caption)}</figcaption></figure>")
     return "\n".join(out)
 
@@ -313,28 +357,42 @@ def report(results, size, folder):
     """Write report.html, summary.md, values.json and the pictures into the folder, and print the verdicts."""
     rows, images = judged(results), pictures(results, size)
     seeds = max((len([s for s in runs if s]) for runs in results.values()), default=0)
-    intro = (f"{seeds} paired seeds: same initial weights, data, masks and test samples. A difference is the mean over seeds with its standard error; "
-             "reproduced or reversed if its 95 % interval (Student's t) lies on one side of zero, or within 0.02 of it where the claim is "
-             "'about as good'; otherwise not reproduced, and the interval bounds what there may be. Many claims are tested: of twenty without "
-             "any effect, one would seem to have one. Rows 'control' ask what the paper leaves out. ") + UNTESTED.replace("\n", " ")
+    intro = (f"{seeds} paired seeds: same initial weights, data, masks and test samples. A difference is the mean over seeds "
+             "with its standard error; reproduced or reversed if its 95 % interval (Student's t) lies on one side of zero, or "
+             "within 0.02 of it where the claim is 'about as good'; otherwise not reproduced, and the interval bounds what "
+             "there may be. Many claims are tested: of twenty without any effect, one would seem to have one. Rows 'control' "
+             "ask what the paper leaves out. ") + UNTESTED.replace("\n", " ")
     picture = {name: [image] for name, image in images.items()}.get
     sections = [
         ("Claims and verdicts", "", claims_table(rows), []),
-        ("Tables 1 and 2: retrieval", f"Percent of answer tokens right. Trained on lengths up to 64; base: {size.base} steps of retrieval; tuned: {size.tuned} steps of other text.",
+        ("Tables 1 and 2: retrieval",
+         f"Percent of answer tokens right. Trained on lengths up to 64; base: {size.base} steps of retrieval; "
+         f"tuned: {size.tuned} steps of other text.",
          retrieval_table(results, size.lengths), picture("needle", [])),
         ("Fig. 3: exposure bias", "", None, picture("exposure", [])),
         ("Fig. 4: training", "", None, picture("dynamics", []) + picture("bins", [])),
         ("Fig. 5: forgetting", "", None, picture("frontier", [])),
-        ("Fig. 6, 7, 9-11 and clipping: ablations", "Tuned models, each adapted by its own inner loop; retrieval at the trained lengths.", ablation_table(results), []),
-        ("Closed book (ours)", "Share of answers right, 40 values; the decoder never sees the prompt, except in the last row.", recall_table(results), []),
-        ("How far we looked", "Training with memory against the same without; loss on its own kind of held-out data (less is better), retrieval.", far_table(results), []),
+        ("Fig. 6, 7, 9-11 and clipping: ablations",
+         "Tuned models, each adapted by its own inner loop; retrieval at the trained lengths.",
+         ablation_table(results), []),
+        ("Closed book (ours)",
+         "Share of answers right, 40 values; the decoder never sees the prompt, except in the last row.",
+         recall_table(results), []),
+        ("How far we looked",
+         "Training with memory against the same without; loss on its own kind of held-out data (less is better), retrieval.",
+         far_table(results), []),
         ("Inside the memory", "", None, picture("inner", []) + picture("order", []) + picture("where", []))]
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "report.html", lambda path: path.write_text(page("MemDLM's claims on the toy", intro, sections), encoding="utf-8"))
-    text = f"# MemDLM's claims on the toy\n\n{intro}\n" + "".join(f"\n## {heading}\n\n{note}{chr(10) * 2 * bool(note)}{markdown(table)}\n" for heading, note, table, _ in sections if table)
+    title = "MemDLM's claims on the toy"
+    write_whole(folder / "report.html", lambda path: path.write_text(page(title, intro, sections), encoding="utf-8"))
+    text = f"# {title}\n\n{intro}\n" + "".join(
+        f"\n## {heading}\n\n{note}{chr(10) * 2 * bool(note)}{markdown(table)}\n"
+        for heading, note, table, _ in sections if table)
     write_whole(folder / "summary.md", lambda path: path.write_text(text, encoding="utf-8"))
-    numbers = {name: [{k: round(v, 5) for k, v in seed.items() if isinstance(v, float)} if seed else None for seed in runs] for name, runs in results.items()}
-    whole = {"size": size._asdict(), "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(), "claims": rows, "runs": numbers}
+    numbers = {name: [{k: round(v, 5) for k, v in seed.items() if isinstance(v, float)} if seed else None for seed in runs]
+               for name, runs in results.items()}
+    whole = {"size": size._asdict(), "torch": torch.__version__, "python": platform.python_version(),
+             "machine": platform.machine(), "claims": rows, "runs": numbers}
     write_whole(folder / "values.json", lambda path: path.write_text(json.dumps(whole) + "\n"))
     for name, (_, png) in images.items():
         write_whole(folder / f"{name}.png", lambda path, png=png: path.write_bytes(png))
