@@ -246,18 +246,20 @@ def batch_of_eight(repeats, clock):
 
 # ---- The table of a CPU -----------------------------------------------------------------------------------------
 
-def middle(name, vocabulary):
-    backbone = llada.load(llada.PUBLISHED[name] | MIDDLE[name] | {"vocab_size": vocabulary}, random=True, dtype="float32", device="cpu")
-    llada.add_lora(backbone, 32, 64.0, 0.05)
+def middle(name, vocabulary, lora=True):
+    raw = llada.PUBLISHED[name] | MIDDLE[name] | {"vocab_size": vocabulary}
+    backbone = llada.load(raw, random=True, dtype="float32", device="cpu")
+    if lora:
+        llada.add_lora(backbone, 32, 64.0, 0.05)
     s = Settings(model=name, batch=2)
-    return Case(f"{name}, {vocabulary // 1024}k words, 2 x 512 tokens", backbone, s,
+    return Case(f"{name}, {vocabulary // 1024}k words", backbone, s,
                 lambda seed: random_batch(vocabulary, backbone.mask_id, s, 512, seed, 0.25))
 
 
 def toy(kind):
     s = train.recipe({"data": kind, "threads": 1})
     data, model = train.build(s)
-    return Case(f"toy, {kind}, {s.batch} samples", model.backbone, s, lambda seed: train.make_batch(s, data, seed))
+    return Case(f"toy, {kind}", model.backbone, s, lambda seed: train.make_batch(s, data, seed))
 
 
 def show(rows):
@@ -274,16 +276,15 @@ def cpu_table(quick, repeats):
     """The toy and the middle-sized shapes, one thread."""
     torch.set_num_threads(1)
     clock, steps, decodes = Clock(torch.device("cpu")), [], []
-    cases = [lambda: toy("dictionary"), lambda: toy("languages"),
-             *((lambda name=name, v=v: middle(name, v)) for name in MIDDLE for v in ((8192,) if quick else (8192, 32768)))]
-    for make in cases:
-        case = make()
-        steps.append(training(case, repeats, clock))
-        print(case.name, "measured", flush=True)
-        if "8k" in case.name:
-            for prompt in (256, 1024) if quick else (256, 1024, 4096):
-                new = 32 if decoder(case.backbone) is not memdlm.denoise else 2
-                decodes.append(decoding(case, prompt, new, 1 if prompt > 1024 else repeats, clock))
+    for make in [lambda: toy("dictionary"), lambda: toy("languages"),
+                 *((lambda name=name, v=v: middle(name, v)) for name in MIDDLE for v in ((8192,) if quick else (8192, 32768)))]:
+        steps.append(training(make(), repeats, clock))
+        print(steps[-1]["case"], "measured", flush=True)
+    for name in MIDDLE:
+        case = middle(name, 8192, lora=False)  # as after merging it
+        new = 32 if decoder(case.backbone) is not memdlm.denoise else 2
+        for prompt in (256, 1024) if quick else (256, 1024, 4096):
+            decodes.append(decoding(case, prompt, new, 1 if prompt > 1024 else repeats, clock))
     eight = batch_of_eight(repeats, clock)
     print()
     show(steps_table(steps))

@@ -183,6 +183,41 @@ def test_plan_and_bench(cli, tmp_path):
         assert "need a GPU" in refused(cli(bench, "--model", "llada-moe", "--random"))
 
 
+def test_bench_measures_and_counts(cli, tmp_path, monkeypatch):
+    """The CPU's table on small shapes: counts are exact, so they can be compared; times only have to be there."""
+    for name in bench.MIDDLE:
+        monkeypatch.setitem(bench.MIDDLE, name, bench.MIDDLE[name] | dict(hidden_size=64, num_hidden_layers=3))
+    code, out, _ = cli(bench, "--quick", "--repeats", "1", "--json", "b.json")
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert code == 0 and "llada-moe, 8k words" in out and "times faster than one by one" in out
+    for row in result["steps"]:
+        assert row["floor"] <= row["counted"] * 1.001 and all(x > 0 for x in row["seconds"].values())
+        assert row["counted"] <= row["floor"] * 1.1, "no work beyond the floor"
+    for row in result["steps"][2:]:
+        assert row["adapt_forwards_counted"] < 3.5
+    for row in result["decoding"]:
+        limit = row["prompt"] + 33 * row["new"] if "2.1" in row["case"] else row["window_positions"]
+        assert row["positions"] <= limit
+    code, out, _ = cli(bench, "--scale")
+    assert code == 0 and out.count("llada-moe") == 4 and "1.24 GB" in out
+    assert "at least 1" in refused(cli(bench, "--repeats", "0"))
+
+
+def test_the_middle_sized_steps_cost_what_they_may():
+    """FLOPs of a MemDLM step on the shapes and lengths of the published code's measurement: at most 0.72 of its 116.7 GFLOP at
+    8k words (0.60 of 194.0 at 32k, which takes longer to count). And the paper count by hand is what is counted."""
+    torch.set_num_threads(1)
+    case = bench.middle("llada-moe", 8192)
+    works = bench.steps_of(case)
+    counts = [bench.flops(lambda: works["MemDLM"](seed)) / 1e9 for seed in range(2)]
+    assert sum(counts) / 2 < 0.72 * 116.7
+    batch, backbone = case.batch(0), case.backbone.eval()
+    with torch.no_grad():
+        counted = bench.flops(lambda: memdlm.above(backbone, case.s, memdlm.below(backbone, case.s, batch.x0, batch.valid), batch.valid, None))
+    layer, head = bench.forward_flops(backbone.config, 2 * 512, 512)
+    assert abs(counted / (8 * layer) - 1) < 0.02 and head == 2 * 1024 * 256 * 8192
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--model", "nobody/nothing", "--load-4bit"], "could not be fetched from the hub"),
     (["--model", "TINY", "--data", "nowhere/nothing"], "--data FILE.jsonl"),

@@ -77,6 +77,24 @@ def forgetting_claims():
     yield Claim("control", "MemDLM keeps more than MDLM after half the steps", (TUNED[0], short), ("mdlm, half the steps", short), "more")
 
 
+def lora_claims():
+    """The paper's own way to tune: a LoRA on a base whose weights stay."""
+    with_memory, without, kept, loss = "lora memdlm", "lora mdlm", "in alone", "nats alone"
+    yield Claim("Table 1", "tuned by a LoRA: train-only retrieves more than MDLM, at trained lengths",
+                (with_memory, kept), (without, kept), "more")
+    yield Claim("Table 2", "tuned by a LoRA: train-only retrieves more than MDLM, beyond",
+                (with_memory, "beyond alone"), (without, "beyond alone"), "more")
+    yield Claim("Fig. 4", "tuned by a LoRA: a lower loss on held-out samples, without phi", (with_memory, loss), (without, loss), "less")
+    for run, text in (("lora mdlm, lr x 0.5", "at half the learning rate"), ("lora mdlm, lr x 2", "at twice the learning rate"),
+                      ("lora mdlm, same compute", "given the same compute")):
+        yield Claim("control", f"... it retrieves more than MDLM {text}", (with_memory, kept), (run, kept), "more")
+        yield Claim("control", f"... its loss is lower than of MDLM {text}", (with_memory, loss), (run, loss), "less")
+    yield Claim("Table 1", "tuned by a LoRA: train & inference retrieves more than train-only",
+                (with_memory, "in adapted"), (with_memory, kept), "more")
+    yield Claim("control", "... than with phi of another prompt", (with_memory, "in adapted"), (with_memory, "in another"), "more")
+    yield Claim("Fig. 5", "tuned by a LoRA: train-only retrieves more than the base", (with_memory, kept), ("base", kept), "more")
+
+
 def ablation_claims():
     best = (TUNED[0], "in adapted")
     for name, text in (("kl", "KL"), ("reverse_kl", "reverse KL"),
@@ -120,7 +138,8 @@ def recall_claims():
 
 
 def claims():
-    return [*retrieval_claims(), *exposure_claims(), *training_claims(), *forgetting_claims(), *ablation_claims(), *recall_claims()]
+    return [*retrieval_claims(), *exposure_claims(), *training_claims(), *forgetting_claims(), *lora_claims(),
+            *ablation_claims(), *recall_claims()]
 
 
 def value(results, place):

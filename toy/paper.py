@@ -94,18 +94,24 @@ def plan(size):
         "closed mdlm": Run(closed | off, ("recall",)),
         "open mdlm": Run(closed | off | dict(closed_book=False), ("recall",)),
     }
+    lora = dict(toy_lora=True, lora_rank=8, lora_alpha=16.0)
+    runs |= {
+        "lora mdlm": Run(tuned | off | lora, ("retrieval", "nats")),
+        "lora memdlm": Run(tuned | lora, ("retrieval", "nats")),
+        "lora mdlm, lr x 0.5": Run(tuned | off | lora | dict(lr=5e-4), small),
+        "lora mdlm, lr x 2": Run(tuned | off | lora | dict(lr=2e-3), small),
+        "lora mdlm, same compute": Run(tuned | off | lora | dict(steps=int(size.tuned * 2.4)), small),
+    }
     runs |= {name: Run(tuned | change, small) for name, change in ABLATIONS.items()}
     if size.far:
         for lr, etas in ((1e-3, (0.003, 0.01, 0.1)), (3e-4, (0.03, 0.1, 0.3)), (1e-4, (0.1,))):
             runs |= {f"memdlm, lr {lr:g}, eta {eta:g}": Run(tuned | dict(lr=lr, inner_lr=eta), small) for eta in etas}
-        lora = dict(toy_lora=True, lora_rank=8, lora_alpha=16.0)
         runs |= {"mdlm, lr 0.0001": Run(tuned | off | dict(lr=1e-4), small),
                  "memdlm, shared, eta 0.1": Run(tuned | dict(per_sample=False, inner_lr=0.1), small),
                  "mdlm, batch 4": Run(tuned | off | dict(batch=4), small),
                  "memdlm, shared by 4, eta 0.1": Run(tuned | dict(per_sample=False, inner_lr=0.1, batch=4), small),
-                 "mdlm, lora": Run(tuned | off | lora, small),
-                 "memdlm, lora, eta 0.01": Run(tuned | lora | dict(inner_lr=0.01), small),
-                 "memdlm, lora, eta 0.03": Run(tuned | lora, small),
+                 "lora memdlm, eta 0.01": Run(tuned | lora | dict(inner_lr=0.01), small),
+                 "lora memdlm, eta 0.1": Run(tuned | lora | dict(inner_lr=0.1), small),
                  "memdlm from the prompt": Run(tuned | written | dict(memory_from="prompt"), small)}
         runs |= {f"scratch memdlm, eta {eta:g}": Run(scratch | dict(inner_lr=eta), ("nats_short",))
                  for eta in (0.01, 0.03, 0.1)}

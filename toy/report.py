@@ -34,8 +34,9 @@ FAR = (("tuned, eta 0.003", "memdlm, lr 0.001, eta 0.003", "mdlm"), ("tuned, eta
        ("tuned at lr 3e-4, eta 0.1", "memdlm, lr 0.0003, eta 0.1", "mdlm, lr x 0.3"),
        ("tuned at lr 3e-4, eta 0.3", "memdlm, lr 0.0003, eta 0.3", "mdlm, lr x 0.3"),
        ("tuned at lr 1e-4, eta 0.1", "memdlm, lr 0.0001, eta 0.1", "mdlm, lr 0.0001"),
-       ("tuned by a LoRA, eta 0.01", "memdlm, lora, eta 0.01", "mdlm, lora"),
-       ("tuned by a LoRA, eta 0.03", "memdlm, lora, eta 0.03", "mdlm, lora"),
+       ("tuned by a LoRA, eta 0.01", "lora memdlm, eta 0.01", "lora mdlm"),
+       ("tuned by a LoRA, eta 0.03", "lora memdlm", "lora mdlm"),
+       ("tuned by a LoRA, eta 0.1", "lora memdlm, eta 0.1", "lora mdlm"),
        ("tuned, phi from the prompt (ours)", "memdlm from the prompt", "mdlm"),
        ("scratch, eta 0.003 (the default here)", "scratch memdlm", "scratch mdlm"),
        ("scratch, eta 0.01", "scratch memdlm, eta 0.01", "scratch mdlm"),
@@ -218,8 +219,8 @@ def heat(figure, ax, table, title, columns, rows, limits, colors):
 
 def needle_picture(plt, results, lengths):
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
-    depths = ["0-20 %", "20-40 %", "40-60 %", "60-80 %", "80-100 %"]
-    for run, row, sizes, how, line_of_axes in (("memdlm", "adapted", lengths, "tuned MemDLM, sees the prompt", axes[0]),
+    depths = ["0-20", "20-40", "40-60", "60-80", "80-100"]
+    for run, row, sizes, how, line_of_axes in (("memdlm", "adapted", lengths, "tuned, open book", axes[0]),
                                                ("closed memdlm", "cover", (16, 32, 64), "closed book", axes[1])):
         off, on = curve(results, run, "needle alone")[0], curve(results, run, f"needle {row}")[0]
         if off is None:
@@ -227,7 +228,7 @@ def needle_picture(plt, results, lengths):
         for ax, table, title, limits, colors in zip(line_of_axes, (off, on, on - off), ("phi off", "phi on", "difference"),
                                                     ((0, 1), (0, 1), (-1, 1)), ("cividis", "cividis", "PuOr")):
             heat(figure, ax, table.tolist(), f"{how}: {title}", depths, [f"{n} tokens" for n in sizes], limits, colors)
-    figure.supxlabel("where in the prompt the pair stands", fontsize=9)
+    figure.supxlabel("where in the prompt the pair stands, in percent of its length", fontsize=9)
     return figure
 
 
@@ -270,29 +271,33 @@ def where_picture(plt, results):
     return figure
 
 
+FRONTIER = {"all weights": (("mdlm", "MDLM", "MDLM"), ("mdlm, half the steps", "half the steps", "MDLM"),
+                            ("mdlm, lr x 0.5", "lr x 0.5", "MDLM"), ("mdlm, lr x 0.3", "lr x 0.3", "MDLM"),
+                            ("mdlm, lr 0.0001", "lr x 0.1", "MDLM"), ("memdlm", "MemDLM, eta 0.03", "train-only"),
+                            ("memdlm, lr 0.001, eta 0.003", "eta 0.003", "train-only"),
+                            ("memdlm, lr 0.001, eta 0.01", "eta 0.01", "train-only"),
+                            ("memdlm, lr 0.0003, eta 0.03", "lr x 0.3, eta 0.03", "train-only"),
+                            ("memdlm from the prompt", "phi from the prompt", "train & inference")),
+            "a LoRA": (("lora mdlm", "MDLM", "MDLM"), ("lora mdlm, lr x 0.5", "lr x 0.5", "MDLM"), ("lora mdlm, lr x 2", "lr x 2", "MDLM"),
+                       ("lora mdlm, same compute", "2.4 x the steps", "MDLM"), ("lora memdlm", "MemDLM, eta 0.03", "train-only"),
+                       ("lora memdlm, eta 0.01", "eta 0.01", "train-only"))}
+
+
 def frontier_picture(plt, results):
-    figure, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for run, label, name in (("mdlm", "MDLM", "MDLM"),
-                             ("mdlm, half the steps", "half the steps", "MDLM"),
-                             ("mdlm, lr x 0.5", "lr x 0.5", "MDLM"),
-                             ("mdlm, lr x 0.3", "lr x 0.3", "MDLM"),
-                             ("mdlm, lr 0.0001", "lr x 0.1", "MDLM"),
-                             ("memdlm", "MemDLM, eta 0.03", "train-only"),
-                             ("memdlm, lr 0.001, eta 0.003", "eta 0.003", "train-only"),
-                             ("memdlm, lr 0.001, eta 0.01", "eta 0.01", "train-only"),
-                             ("memdlm, lr 0.0003, eta 0.03", "lr x 0.3, eta 0.03", "train-only"),
-                             ("memdlm from the prompt", "phi from the prompt", "train & inference")):
-        x, y = ([v for v in value(results, (run, key)) if v is not None] for key in ("nats alone", "in alone"))
-        if x:
-            (mx, ex, _), (my, ey, _) = summary(x), summary(y)
-            ax.errorbar(mx, my, xerr=ex, yerr=ey, fmt="o", color=COLORS[name], markersize=4, elinewidth=0.8)
-            ax.annotate(label, (mx, my), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     base, _ = curve(results, "base", "in alone")
-    if base is not None:
-        ax.axhline(base.mean(), color="#CCCCCC", linewidth=0.8)
-        ax.annotate("base", (ax.get_xlim()[1], base.mean()), ha="right", va="bottom", fontsize=7)
-    ax.set(title="learning the new data against keeping the old, all without phi",
-           xlabel="loss on the new data (left is better)", ylabel="retrieval (up is better)")
+    for (how, runs), ax in zip(FRONTIER.items(), axes):
+        for run, label, name in runs:
+            x, y = ([v for v in value(results, (run, key)) if v is not None] for key in ("nats alone", "in alone"))
+            if x:
+                (mx, ex, _), (my, ey, _) = summary(x), summary(y)
+                ax.errorbar(mx, my, xerr=ex, yerr=ey, fmt="o", color=COLORS[name], markersize=4, elinewidth=0.8)
+                ax.annotate(label, (mx, my), textcoords="offset points", xytext=(5, 4), fontsize=7)
+        if base is not None:
+            ax.axhline(base.mean(), color="#CCCCCC", linewidth=0.8)
+            ax.annotate("base", (ax.get_xlim()[1], base.mean()), ha="right", va="bottom", fontsize=7)
+        ax.set(title=f"tuning {how}: learning the new, keeping the old, without phi", xlabel="loss on the new data (left is better)",
+               ylabel="retrieval (up is better)")
     return figure
 
 
