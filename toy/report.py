@@ -361,7 +361,8 @@ def page(title, intro, sections):
 def report(results, size, folder):
     """Write report.html, summary.md, values.json and the pictures into the folder, and print the verdicts."""
     rows, images = judged(results), pictures(results, size)
-    seeds = max((len([s for s in runs if s]) for runs in results.values()), default=0)
+    counts = sorted(n for n in (len([seed for seed in runs if seed]) for runs in results.values()) if n) or [0]
+    seeds = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
     intro = (f"{seeds} paired seeds: same initial weights, data, masks and test samples. A difference is the mean over seeds "
              "with its standard error; reproduced or reversed if its 95 % interval (Student's t) lies on one side of zero, or "
              "within 0.02 of it where the claim is 'about as good'; otherwise not reproduced, and the interval bounds what "
