@@ -49,7 +49,8 @@ def test_a_full_model_is_trained_saved_reloaded_and_adapted(cli, here, tiny, nam
     for text in ("memory planned:", "layers in 4-bit", "with LoRA", "24 samples kept (23 to train, 1 held out", "4 steps of 2 samples",
                  "held out after step 2", "sample at step 4", "python generate.py --adapt --prompt"):
         assert text in out, text
-    assert {p.name for p in folder.iterdir()} == {"settings.json", "model.safetensors", "metrics.jsonl", "loss.png", "adapter"}
+    assert {p.name for p in folder.iterdir()} == {"settings.json", "origin.json", "model.safetensors", "metrics.jsonl", "loss.png",
+                                                  "adapter"}
     lines = metrics(folder)
     held = [line for line in lines if "held_out_ce" in line]
     assert [line["step"] for line in held] == [1, 3] and all({"held_out_ce", "held_out_ce_without"} <= line.keys() for line in held)
