@@ -267,10 +267,8 @@ class Past:
 
 def feed(h, x, need, feed_forward):
     """h + feed_forward(x), on all rows or on those needed. x [B, L, D]; or [N, D] with the number of rows of each sample."""
-    if need is None:
+    if need is None or not need.any():
         return h + feed_forward(x)
-    if not need.any():
-        return h
     return h.index_put((need,), h[need] + feed_forward(x[need], need.sum(1).tolist()))
 
 
@@ -544,6 +542,7 @@ def build_network(config):
 
 class Backbone(nn.Module):
     """A network with the interface described at the top of memdlm.py."""
+    every_row = False  # True: the last feed-forward on all rows, needed or not
 
     def __init__(self, network, config, tokenizer=None, attention="full", checkpointing=False, name=""):
         super().__init__()
@@ -586,7 +585,7 @@ class Backbone(nn.Module):
         # Fast weights act from `stop` on; what is computed again in the backward pass must not need them.
         again = self.checkpointing and stop is not None and torch.is_grad_enabled()
         for layer in self.part("layers")[start:stop]:
-            if layer.layer == self.num_layers - 1:
+            if layer.layer == self.num_layers - 1 and not self.every_row:
                 context = context._replace(need=need)
             h = checkpoint(layer, h, context, use_reentrant=False) if again else layer(h, context)
         return h

@@ -512,6 +512,8 @@ class Processes:
         if not self.accelerator:
             return model
         self.accelerator.free_memory()  # of the run before this one
+        # With few rows in the last layer many experts are idle in a micro-batch and busy in the next, which DDP refuses.
+        model.backbone.every_row = True
         return self.accelerator.prepare(model)
 
     def total(self, value):

@@ -100,7 +100,7 @@ def test_accumulation_is_a_larger_batch(cli, here, tiny):
 def same_run(a, b):
     for one, two in zip(metrics(a), metrics(b), strict=True):
         for key in one:
-            assert one[key] == pytest.approx(two[key], rel=2e-5), key
+            assert one[key] == pytest.approx(two[key], rel=1e-4), key  # one process leaves out unread rows, two do not
     x, y = (load_file(run / "adapter/adapter_model.safetensors") for run in (a, b))
     for key in x:
         torch.testing.assert_close(x[key], y[key], rtol=1e-2, atol=2e-4)
