@@ -100,16 +100,17 @@ def test_accumulation_is_a_larger_batch(cli, here, tiny):
 def same_run(a, b):
     for one, two in zip(metrics(a), metrics(b), strict=True):
         for key in one:
-            assert one[key] == pytest.approx(two[key], rel=1e-4), key  # one process leaves out unread rows, two do not
+            assert one[key] == pytest.approx(two[key], rel=2e-5), key
     x, y = (load_file(run / "adapter/adapter_model.safetensors") for run in (a, b))
     for key in x:
         torch.testing.assert_close(x[key], y[key], rtol=1e-2, atol=2e-4)
 
 
 @pytest.mark.parametrize("more", [[], ["--lora-dtype", "bfloat16", "--optimizer", "adamw8bit"]], ids=" ".join)
-def test_two_processes_are_one_process_with_twice_the_batch(cli, here, tiny, more):
+def test_two_processes_are_one_process_with_twice_the_batch(cli, here, tiny, more, monkeypatch):
     """Under accelerate launch, each process with its share of every step; gradients are exchanged once. Rounding at random is
     the same on both: nobody compares their weights again."""
+    monkeypatch.setattr(llada.Backbone, "every_row", True)  # as several processes do; the rounding is another
     flags = ["--model", tiny / "llada-moe", "--load-4bit", *SMALL, "--per-sample", "--lora-dropout", "0", "--sample-every", "0", *more]
     assert cli(train, *map(str, flags), "--batch", "2", "--out", "one")[0] == 0
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
