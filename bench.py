@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,12 +106,14 @@ def random_batch(vocab_size, mask_id, s, length, seed, prompt=0.75):
 
 
 class Logits(MemDLM):
-    """A plain step that computes a logit at every position and then leaves most of them out."""
+    """A plain step as it is mostly written: a logit at every position, of which most are then left out."""
 
     def mdlm_step(self, batch, t, xt, masked):
         h = memdlm.below(self.backbone, self.s, xt, batch.valid)
         top = memdlm.above(self.backbone, self.s, h, batch.valid, None)
-        return memdlm.token_nll(self.backbone, top, batch.x0, torch.ones_like(masked)) * masked.to(h.device), {}, h
+        logits = self.backbone.head(top).flatten(0, 1).float()  # [B * L, V]
+        nll = F.cross_entropy(logits, batch.x0.flatten().to(h.device), reduction="none").view_as(masked)
+        return nll * masked.to(h.device), {}, h
 
 
 class Case(NamedTuple):

@@ -252,17 +252,20 @@ def attend(q, k, v, context, layer):
 
 
 class Past:
-    """Keys and values of finished blocks, by layer. `keep`: does the coming forward pass belong to them?"""
+    """Keys and values of finished blocks, by layer, in room made once for `room` positions. What is computed now stands behind
+    them, to be written over, or to stay if `length` is moved beyond it."""
 
-    def __init__(self):
-        self.length, self.keep, self.pairs = 0, False, {}
+    def __init__(self, room):
+        self.length, self.room, self.pairs = 0, room, {}
 
     def extend(self, layer, k, v):
-        if layer in self.pairs:
-            k, v = (torch.cat([old, new], dim=2) for old, new in zip(self.pairs[layer], (k, v)))
-        if self.keep:
-            self.pairs[layer] = k, v
-        return k, v
+        """k, v [B, heads, n, dim] -> all that may be looked at: [B, heads, length + n, dim]."""
+        end = self.length + k.shape[2]
+        if layer not in self.pairs:
+            self.pairs[layer] = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (k, v)]
+        for whole, new in zip(self.pairs[layer], (k, v)):
+            whole[:, :, self.length:end] = new
+        return [whole[:, :, :end] for whole in self.pairs[layer]]
 
 
 def feed(h, x, need, feed_forward):
@@ -1149,15 +1152,15 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
     exact: a step computes 32 positions. fill is what follows the prompt in each row; blocks count from the start of the row,
     so rows of different lengths share the grid. A row is done after the block in which it says its end; the rest is that.
     """
-    end, done, past = int(valid.sum(1).max()), ~fill.any(1), Past()  # done: nothing (more) is wanted of this row
+    end, done = int(valid.sum(1).max()), ~fill.any(1)  # done: nothing (more) is wanted of this row
     x, given, fill = _whole_blocks(x, fill, valid, backbone.mask_id)
     open_, width = fill.clone(), x.shape[1]
+    past = Past(width)
     stops = torch.tensor(backbone.tokenizer.stop_ids if backbone.tokenizer else [backbone.config.eos_id])
 
     def forward(start, stop, need=None):
-        """Hidden states of x[:, start:stop], read where `need` is. None: nowhere; final tokens, of which the past keeps a copy."""
-        past.keep = keep = need is None
-        need = torch.zeros(x[:, start:stop].shape, dtype=torch.bool) if keep else need
+        """Hidden states of x[:, start:stop], read where `need` is. None: nowhere; final tokens, which join the past."""
+        keep, need = need is None, torch.zeros(x[:, start:stop].shape, dtype=torch.bool) if need is None else need
         with memdlm.fast_weights(backbone, s, phi):
             h = backbone.blocks(backbone.embed(x[:, start:stop]), None, 0, None, need, past)
         past.length = stop if keep else past.length

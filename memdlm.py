@@ -242,20 +242,43 @@ def scatter(values, where):
     return out
 
 
-LOGITS = 1 << 26  # entries of the largest tensor of logits that is held at once (256 MB in float32)
+LOGITS = 1 << 26  # entries of the largest tensor of logits that is held at once: 256 MB in float32
 
 
-def by_rows(loss, backbone, *rows):
-    """loss(backbone, *rows) -> [N], computed for some of the N rows at a time.
+class Rows(torch.autograd.Function):
+    """The losses of some hidden rows, and with them their gradients: a row's needs nothing of what comes later but a
+    factor, so it is taken while the row's logits are there. None is kept or computed again."""
 
-    With 157k words the logits of a sequence would be the largest tensor of all. A chunk's logits are not kept for the
-    backward pass but computed again there, from its hidden rows.
+    @staticmethod
+    def forward(ctx, h, loss, backbone, *rest):
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            losses = loss(backbone, h, *rest)  # [n]
+            ctx.save_for_backward(*torch.autograd.grad(losses.sum(), h))
+        return losses.detach()
+
+    @staticmethod
+    def backward(ctx, factor):
+        return factor[:, None] * ctx.saved_tensors[0], *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+def by_rows(loss, backbone, h, *rest):
+    """loss(backbone, h, *rest) -> [N], computed for some of the N rows at a time.
+
+    With 157k words the logits of a sequence would be the largest tensor of all. A trained head (the toy's) needs all of them in
+    the backward pass: if they are many, they are computed again there.
     """
-    size = max(1, LOGITS // backbone.vocab_size)
-    if len(rows[0]) <= size:
-        return loss(backbone, *rows)
-    chunks = zip(*(row.split(size) for row in rows))
-    return torch.cat([checkpoint(loss, backbone, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+    size = max(1, (LOGITS if h.is_cuda else LOGITS // 16) // backbone.vocab_size)  # what a CPU's cache may hold
+    parts = list(zip(*(row.split(size) for row in (h, *rest))))
+    if backbone.head(h[:0].detach()).requires_grad:  # of no rows: only the head's own weights can require it
+        if len(parts) == 1:
+            return loss(backbone, h, *rest)
+        losses = [checkpoint(loss, backbone, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    elif h.requires_grad:
+        losses = [Rows.apply(part, loss, backbone, *others) for part, *others in parts]
+    else:
+        losses = [loss(backbone, *part) for part in parts]
+    return torch.cat(losses)
 
 
 def token_nll(backbone, h, x0, where):
@@ -582,9 +605,9 @@ def choose(backbone, h, blind=None, cfg_scale=0.0, temperature=0.0, noise=None):
     """
     size, tokens, probabilities = max(1, LOGITS // backbone.vocab_size), [], []
     for i in range(0, len(h), size):
-        logits = backbone.head(h[i:i + size]).double()
+        logits = backbone.head(h[i:i + size]).float()
         if blind is not None:
-            unguided = backbone.head(blind[i:i + size]).double()
+            unguided = backbone.head(blind[i:i + size]).float()
             logits = unguided + (cfg_scale + 1) * (logits - unguided)
         logits[:, backbone.mask_id] = -math.inf
         best = logits
@@ -592,7 +615,9 @@ def choose(backbone, h, blind=None, cfg_scale=0.0, temperature=0.0, noise=None):
             gumbel = -(-noise[i:i + size].to(h.device).clamp(min=1e-300).log()).log()
             best = logits + temperature * gumbel
         tokens.append(best.argmax(-1))
-        probabilities.append(logits.softmax(-1).gather(1, tokens[-1][:, None])[:, 0])
+        # p = 1 / sum_v exp(logit_v - logit_token). Summed in float64, for the most confident differ by less than 1e-7.
+        own = logits.gather(1, tokens[-1][:, None])
+        probabilities.append((logits - own).exp().sum(-1, dtype=torch.float64).reciprocal())
     return torch.cat(tokens).cpu(), torch.cat(probabilities).cpu()
 
 

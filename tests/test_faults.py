@@ -61,8 +61,8 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, monkeypatch):
     """In a process of its own, for it forks: dozens of kills, half of them while a checkpoint is written."""
     import subprocess
     run = subprocess.run([sys.executable, crash.__file__, "--kills", "24"], capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(run.stdout.splitlines()[-1])
-    assert run.returncode == 0, run.stderr
     assert report["kills"] == 24 and report["while_saving"] > 3 and report["different"] == report["unreadable"] == 0
     assert report["most_repeated"] <= crash.EVERY and report["runs"] >= 1
 

@@ -49,7 +49,7 @@ class Watched(ToyDLM):
         return super().blocks(h, valid, start, stop, need)
 
     def head(self, h):
-        self.heads.append(len(h))
+        self.heads += [len(h)] if len(h) else []  # of no rows: only to see whether it is trained
         return super().head(h)
 
 
@@ -701,16 +701,37 @@ def test_the_anchor_prefix_is_computed_once_and_the_head_sees_masked_rows_only()
 def test_logits_in_chunks_change_nothing_but_how_many_are_held(kind, monkeypatch):
     """Loss, phi and the outer gradient with two rows of logits at a time, as with all at once."""
     s, results = settings(inner_loss=kind, per_sample=True), []
-    for limit in (memdlm.LOGITS, 2 * V):
+    for limit in (memdlm.LOGITS, 16 * 2 * V):  # on a CPU a sixteenth of it
         monkeypatch.setattr(memdlm, "LOGITS", limit)
         model = toy()
         loss, record = MemDLM(model, s)(batch_of(), True)
         results.append([loss, record["inner"], record["loss_without"], *gradients(loss, model)])
-        assert limit > 2 * V or max(model.heads) <= 2
+        assert limit > 32 * V or max(model.heads) <= 2
         decoded = list(memdlm.denoise(model, s, batch_of().x0, batch_of().maskable, batch_of().valid, SEEDS, temperature=0.5))
         results[-1] += [decoded[-1].float()]
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", list(memdlm.INNER_LOSSES))
+def test_row_gradients_taken_early_are_those_of_autograd(kind, monkeypatch):
+    """Under a head that is not trained: two rows of logits at a time, each computed once and none kept."""
+    monkeypatch.setattr(memdlm, "LOGITS", 16 * 2 * V)
+    model, generator = toy().double(), torch.Generator().manual_seed(5)
+    for module in (model.norm, model.lm_head):
+        module.requires_grad_(False)
+    h = torch.randn(7, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+    rest = [torch.randint(2, V, (7,), generator=generator)]
+    rest += [torch.randn(7, 16, generator=generator, dtype=torch.float64)] * (kind != "ce")
+    factor, loss = torch.rand(7, generator=generator, dtype=torch.float64), memdlm.INNER_LOSSES[kind]
+    plain, = torch.autograd.grad((factor * loss(model, h, *rest)).sum(), h)
+    model.watch()
+    out = memdlm.by_rows(loss, model, h, *rest)
+    assert [[kept.shape for kept in part.saved_tensors] for part, _ in out.grad_fn.next_functions] == [[(2, 16)]] * 3 + [[(1, 16)]]
+    early, = torch.autograd.grad((factor * out).sum(), h)
+    assert sum(model.heads) == {"ce": 7, "kl": 14, "reverse_kl": 14}.get(kind, 0) and max(model.heads, default=0) <= 2
+    torch.testing.assert_close(out, loss(model, h, *rest))
+    torch.testing.assert_close(early, plain, rtol=1e-5, atol=1e-7)  # the losses are float32
 
 
 def test_rows_of_several_samples_in_one_input_get_each_their_own_phi():

@@ -241,7 +241,8 @@ def inner_picture(plt, results):
                 ax.bar([k + shift for k in range(len(mean))], mean, 0.38, yerr=error, color=color, label=f"{key} the step")
         ax.set(title=f"{how}: adapting to a prompt", xticks=[0, 1], xticklabels=["stage 1, pre-anchor", "stage 2, anchor"],
                ylabel="nats per masked token")
-    legend(axes[0], loc="lower left")
+        ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the legend
+    legend(axes[0], loc="upper right")
     return figure
 
 
