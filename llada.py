@@ -545,7 +545,6 @@ def build_network(config):
 
 class Backbone(nn.Module):
     """A network with the interface described at the top of memdlm.py."""
-    every_row = False  # True: the last feed-forward on all rows, needed or not
 
     def __init__(self, network, config, tokenizer=None, attention="full", checkpointing=False, name=""):
         super().__init__()
@@ -588,7 +587,7 @@ class Backbone(nn.Module):
         # Fast weights act from `stop` on; what is computed again in the backward pass must not need them.
         again = self.checkpointing and stop is not None and torch.is_grad_enabled()
         for layer in self.part("layers")[start:stop]:
-            if layer.layer == self.num_layers - 1 and not self.every_row:
+            if layer.layer == self.num_layers - 1:
                 context = context._replace(need=need)
             h = checkpoint(layer, h, context, use_reentrant=False) if again else layer(h, context)
         return h

@@ -481,9 +481,13 @@ def make_optimizer(s, parameters):
         def update_step(self, group, p, gindex, pindex):
             if p.dtype is not torch.bfloat16:
                 return super().update_step(group, p, gindex, pindex)
-            p.data, p.grad = p.data.float(), p.grad.float()
-            super().update_step(group, p, gindex, pindex)
-            p.data, p.grad = round_at_random(p.data), None
+            # By a stand-in: a parameter that changes its type, even for a moment, loses the hooks by which DDP exchanges gradients.
+            wide = torch.nn.Parameter(p.detach().float())
+            wide.grad, p.grad = p.grad.float(), None
+            self.state[wide] = self.state[p]
+            super().update_step(group, wide, gindex, pindex)
+            del self.state[wide]
+            p.data.copy_(round_at_random(wide.detach()))
 
     return Rounding(parameters, lr=s.lr, weight_decay=s.weight_decay)
 
@@ -512,8 +516,6 @@ class Processes:
         if not self.accelerator:
             return model
         self.accelerator.free_memory()  # of the run before this one
-        # With few rows in the last layer many experts are idle in a micro-batch and busy in the next, which DDP refuses.
-        model.backbone.every_row = True
         return self.accelerator.prepare(model)
 
     def total(self, value):
