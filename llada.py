@@ -270,6 +270,8 @@ class Past:
 
 def feed(h, x, need, feed_forward):
     """h + feed_forward(x), on all rows or on those needed. x [B, L, D]; or [N, D] with the number of rows of each sample."""
+    if need is not None and not need.any() and not torch.is_grad_enabled():
+        return h  # the keys and values of a finished block: nobody reads what is above them
     if need is None or not need.any():
         return h + feed_forward(x)
     return h.index_put((need,), h[need] + feed_forward(x[need], need.sum(1).tolist()))

@@ -1010,6 +1010,10 @@ def test_unread_rows_skip_the_feed_forward():
     for rows_read in (need, None, torch.zeros_like(need)):
         memdlm.above(backbone, Settings(), memdlm.below(backbone, Settings(), batch.x0, batch.valid), batch.valid, None,
                      rows_read)
+    assert seen == [3, 40, 40]  # with gradients all must take part if none is read, for DDP
+    with torch.no_grad():
+        h = memdlm.below(backbone, Settings(), batch.x0, batch.valid)
+        memdlm.above(backbone, Settings(), h, batch.valid, None, torch.zeros_like(need))
     assert seen == [3, 40, 40]
 
 
