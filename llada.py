@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -619,7 +620,7 @@ class Backbone(nn.Module):
 def find(model):
     """A folder, or the hub's id of a model or adapter (its files are downloaded, or taken from the cache) -> folder."""
     wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "special_tokens_map.json",
-              "chat_template.jinja", "adapter_config.json"]
+              "chat_template.jinja", "adapter_config.json", "base.json"]
     if Path(model).is_dir():
         return Path(model)
     return download(model, "model", wanted, "'toy', a folder with config.json and *.safetensors, or a hub id such as "
@@ -800,7 +801,7 @@ def load(model, load_4bit=False, dtype="auto", device=None, attention="full", ch
                 module.grouped = experts == "grouped"
         if load_4bit:
             to_4bit(network, config, dtype)
-    load_weights(network, merged(source, merge, network, model) if merge else source, dtype, device)
+    load_weights(network, merged(source, merge, network, model, FAMILIES[config.family]) if merge else source, dtype, device)
     if folder:
         source.finish()
     if tokenizer:
@@ -876,17 +877,27 @@ def lora_weights(backbone):
     return {name.replace(".default.", "."): p for name, p in backbone.network.named_parameters() if "lora_" in name}
 
 
+def checksum(embedding, norm):
+    """Tells base weights of one shape apart, by some that are never quantised or adapted; in bfloat16, as checkpoints come."""
+    some = torch.cat([embedding[:1024].flatten(), norm]).detach().to("cpu", torch.bfloat16)
+    return f"{crc32(some.view(torch.int16).numpy().tobytes()):08x}"
+
+
 def save_adapter(backbone, folder):
-    """adapter_config.json and adapter_model.safetensors, as plain PEFT writes and reads them. Whole or not at all."""
+    """adapter_config.json and adapter_model.safetensors, as plain PEFT writes and reads them, and in base.json what it is for.
+    Whole or not at all."""
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     backbone.network.save_pretrained(aside, save_embedding_layers=False)
+    own = checksum(backbone.part("embed").weight, backbone.part("norm").weight)
+    (aside / "base.json").write_text(json.dumps({"name": backbone.name, "checksum": own}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
 
-def read_adapter(folder, base):
-    """An adapter's folder or hub id -> its LoraConfig fields and tensors. Only plain LoRA is taken."""
+def read_adapter(folder, base, own=None):
+    """An adapter's folder or hub id -> its LoraConfig fields and tensors. Only plain LoRA is taken. base, own: the name of the
+    weights that it is to go on, and their checksum."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     folder = find(folder)
@@ -906,6 +917,10 @@ def read_adapter(folder, base):
     if "merged with" in theirs + base and theirs != base or published and ours != their:
         raise ValueError(f"{folder} was made for {theirs}, not for {base}; if that is the same model, correct "
                          "base_model_name_or_path in its adapter_config.json")
+    their = read_json(folder / "base.json") if own and (folder / "base.json").exists() else {}
+    if isinstance(their, dict) and their.get("checksum", own) != own:
+        raise ValueError(f"{folder} was made for other weights ({their.get('name')}) than those of {base}; "
+                         "remove its base.json to use it all the same")
     try:
         tensors = load_file(path)
     except FileNotFoundError:
@@ -919,7 +934,7 @@ def read_adapter(folder, base):
 
 def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):
     """Put a trained adapter on the backbone, live and trainable. Every key must fit, and no layer may go without."""
-    raw, tensors = read_adapter(folder, backbone.name)
+    raw, tensors = read_adapter(folder, backbone.name, checksum(backbone.part("embed").weight, backbone.part("norm").weight))
     targets = sorted({key.rpartition(".lora_")[0].rpartition(".")[2] for key in tensors})
     allowed = lora_targets(backbone.config, "all", backbone.config.family == "llada_moe")
     if not targets or not set(targets) <= set(allowed):
@@ -935,10 +950,12 @@ def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):
     return backbone
 
 
-def merged(source, folder, network, base):
+def merged(source, folder, network, base, family):
     """The same source of weights, with an adapter's W + (alpha / r) B A. Before quantisation: rounded once, not twice."""
-    raw, tensors = read_adapter(folder, base)
-    scale, weights = raw["lora_alpha"] / raw["r"], dict(network.named_parameters())
+    weights = dict(network.named_parameters())
+    raw, tensors = read_adapter(folder, base, checksum(*(source(f"{name}.weight", weights[f"{name}.weight"].shape)
+                                                         for name in (family.embed, family.norm))))
+    scale = raw["lora_alpha"] / raw["r"]
     stems = {key.rpartition(".lora_")[0] for key in tensors}
     for stem in sorted(stems):
         shapes = [tuple(tensors[f"{stem}.lora_{x}.weight"].shape) if f"{stem}.lora_{x}.weight" in tensors else None for x in "AB"]

@@ -1,12 +1,15 @@
-"""Kill -9 a training run again and again, and see whether anything is lost.
+"""Kill a training run again and again, and see whether anything is lost.
 
     python tests/crash.py --kills 100        prints what was done and found; exit code 1 if anything differs
 
+Half of the kills come from outside, -9 at a random moment. The others come from a timer in the process that is set when a
+checkpoint begins to be written and goes off somewhere within the time that the quickest one took: the process ends as suddenly.
 The killed run is resumed until it ends. Its weights, optimiser and metrics must then be those of a run nobody touched, bit for
 bit; after each kill the checkpoint must be readable; and no resume may repeat more than one save interval.
 """
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -24,10 +27,28 @@ FLAGS = ["--model", "toy", "--data", "languages", "--steps", "60", "--batch", "2
          "--sample-every", "0", "--table-samples", "0", "--threads", "1", "--no-control"]
 
 
-def start(*arguments):
-    """A training run as a process of its own; its output goes to log.txt. Returns its number."""
+def die_while_saving(rng):
+    """In this process one of the next checkpoints is not finished: SIGALRM ends the process, for nothing handles it."""
+    write, left, took = train.write_whole, [rng.randint(2, 4)], [math.inf]
+
+    def timed(path, how):
+        begin = time.monotonic()
+        if path.name == "model.safetensors":
+            left[0] -= 1
+            if left[0] == 0:
+                signal.setitimer(signal.ITIMER_REAL, max(1e-6, rng.uniform(0, took[0])))
+        write(path, how)
+        if path.name == "model.safetensors":
+            took[0] = min(took[0], time.monotonic() - begin)
+    train.write_whole = timed
+
+
+def start(*arguments, rng=None):
+    """A training run as a process of its own; its output goes to log.txt. Returns its number. rng: it is to die while saving."""
     if (child := os.fork()) == 0:
         try:
+            if rng:
+                die_while_saving(rng)
             log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1), os.dup2(log, 2)
             sys.argv = ["train.py", *arguments]
@@ -51,19 +72,12 @@ def ended(child, until):
     return None
 
 
-def kill_when(child, folder, rng):
-    """Wait for a random moment, or for a checkpoint that is just being written, and kill. The exit code if it ended before."""
-    until = time.monotonic() + 30
-    if rng.random() < 0.5:
-        if (code := ended(child, time.monotonic() + rng.uniform(0.02, 1.2))) is not None:
-            return code
-    else:
-        # Some saves pass before the one that is hit, somewhere while its bytes are written or renamed.
-        for _ in range(rng.randint(1, 3)):
-            while not (folder / "model.safetensors.tmp").exists() and time.monotonic() < until:
-                if (code := ended(child, time.monotonic() + 0.0005)) is not None:
-                    return code
-            time.sleep(rng.uniform(0, 0.004))
+def kill(child, rng, aimed):
+    """Wait for a random moment and kill, or, where it is aimed, for the end. Returns the exit code, -9 or -14 if it was killed."""
+    if aimed:
+        return ended(child, time.monotonic() + 300)
+    if (code := ended(child, time.monotonic() + rng.uniform(0.02, 1.2))) is not None:
+        return code
     os.kill(child, signal.SIGKILL)
     return ended(child, time.monotonic() + 30)
 
@@ -91,19 +105,19 @@ def saved_step(folder):
         return json.loads(file.metadata()["state"])["step"]
 
 
-def crash(kills, seed=0, how=signal.SIGKILL):
+def crash(kills, seed=0):
     """Runs until so many kills have hit. Returns what happened."""
     rng, folder = random.Random(seed), Path("killed")
     report = {"kills": 0, "while_saving": 0, "runs": 0, "most_repeated": 0, "unreadable": 0, "different": 0}
     assert ended(start(*FLAGS, "--out", "whole"), time.monotonic() + 300) == 0, Path("log.txt").read_text()
     want, want_metrics = Path("whole/model.safetensors").read_bytes(), metrics(Path("whole"))
     while report["kills"] < kills:
-        begun = (folder / "settings.json").exists()
-        child = start("--resume", str(folder)) if begun else start(*FLAGS, "--out", str(folder))
-        code = kill_when(child, folder, rng)
-        if code == -signal.SIGKILL:
+        begun, aimed = (folder / "settings.json").exists(), rng.random() < 0.5
+        arguments = ["--resume", str(folder)] if begun else [*FLAGS, "--out", str(folder)]
+        code = kill(start(*arguments, rng=random.Random(rng.random()) if aimed else None), rng, aimed)
+        if code in (-signal.SIGKILL, -signal.SIGALRM):
             report["kills"] += 1
-            report["while_saving"] += (folder / "model.safetensors.tmp").exists()
+            report["while_saving"] += code == -signal.SIGALRM or (folder / "model.safetensors.tmp").exists()
             try:
                 report["most_repeated"] = max(report["most_repeated"], last_step(folder) + 1 - saved_step(folder))
             except Exception:

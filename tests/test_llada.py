@@ -485,7 +485,7 @@ def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(n
     # Merged: into the weights of a checkpoint on disk, before they would be quantised.
     weights = tiny(name).network.state_dict()
     network = llada.build_network(backbone.config)
-    source = llada.merged(lambda key, shape: weights[key], str(tmp_path / "adapter"), network, name)
+    source = llada.merged(lambda key, shape: weights[key], str(tmp_path / "adapter"), network, name, llada.FAMILIES[backbone.config.family])
     llada.load_weights(network, source, torch.float32, "cpu")
     merged = llada.Backbone(network.eval(), backbone.config)
     torch.testing.assert_close(logits(merged, batch.x0, batch.valid), expected, rtol=1e-3, atol=1e-3)
@@ -495,7 +495,7 @@ def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(n
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
     source = tmp_path / "adapter"
     llada.save_adapter(random_lora(tiny("llada-moe")), source)
-    cases = {"made for another model|adapts": lambda c, w: None,  # LLaDA2.1 below
+    cases = {"made for other weights|adapts": lambda c, w: None,  # LLaDA2.1 below
              "only plain LoRA": lambda c, w: c.update(use_dora=True), "modules_to_save": lambda c, w: c.update(modules_to_save=["lm_head"]),
              "r 0": lambda c, w: c.update(r=0),
              "keys do not fit": lambda c, w: w.pop("base_model.model.model.layers.0.mlp.experts.0.up_proj.lora_A.weight"),
@@ -534,6 +534,21 @@ def test_the_name_of_the_base_is_compared_where_it_says_something(tmp_path):
         else:
             with pytest.raises(ValueError, match="was made for"):
                 llada.load_adapter(other, str(tmp_path / "adapter"))
+
+
+def test_an_adapter_on_other_weights_of_the_same_shape_is_refused(folders, tmp_path):
+    for seed in (0, 1):
+        shutil.copytree(folders["llada-moe"], tmp_path / str(seed))
+    for path in (tmp_path / "1").glob("*.safetensors"):
+        save_file({k: t + 0.01 for k, t in load_file(path).items()}, path, {"format": "pt"})
+    llada.save_adapter(llada.add_lora(llada.load(str(tmp_path / "0")), 4, 8.0, 0.0), tmp_path / "a")
+    llada.load_adapter(llada.load(str(tmp_path / "0"), load_4bit=True, dtype="bfloat16"), str(tmp_path / "a"))
+    for use in (lambda: llada.load_adapter(llada.load(str(tmp_path / "1")), str(tmp_path / "a")),
+                lambda: llada.load(str(tmp_path / "1"), merge=str(tmp_path / "a"))):
+        with pytest.raises(ValueError, match="was made for other weights .*remove its base.json"):
+            use()
+    (tmp_path / "a/base.json").unlink()
+    llada.load(str(tmp_path / "1"), merge=str(tmp_path / "a"))
 
 
 def test_lora_gradients_reach_every_adapted_layer():
