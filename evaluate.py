@@ -40,7 +40,7 @@ from generate import INNER, LOADING, MODES, reply_text
 from toy.data import collate
 from toy.tasks import Sample
 from train import (COLORS, Settings, add_flags, control, decoder, latest_run, one_line, open_model, open_run, pyplot,
-                   read_settings, write_whole)
+                   read_settings, refuse, write_whole)
 
 CHUNK = 50  # samples measured at once
 
@@ -705,8 +705,15 @@ def parse():
     tasks.add_argument("--include-path", help="a folder with task files of your own")
     tasks.add_argument("--wait", type=int, default=600, help="seconds that RULER may take to make its samples [default 600]")
     tasks.add_argument("--model", help="a hub id or a folder, in place of a run")
-    add_flags(tasks, LOADING + INNER)
-    return parser.parse_args()
+    inner = [name for name in INNER if name != "closed_book"]  # what a run's decoder sees was settled in training
+    add_flags(tasks, LOADING + inner)
+    arguments = parser.parse_args()
+    only = ["lengths", "adapt", "limit", "batch_size", "num_fewshot", "chat_template", "max_length", "steps", "mode", "mc_samples",
+            "include_path", "wait", "model", *LOADING, *(inner if arguments.exposure or arguments.paper else [])]
+    idle = [name for name in only if getattr(arguments, name, parser.get_default(name)) != parser.get_default(name)]
+    if idle and not arguments.tasks:
+        refuse(f"--{idle[0].replace('_', '-')} is for --tasks, and none are given")
+    return arguments
 
 
 def main():

@@ -185,6 +185,11 @@ def test_chat_template_and_refusals(place, cli):
     assert "one run or one --model" in refused(cli(evaluate, place / "run", place / "run", "--tasks", "babilong_qa1"))
 
 
+@pytest.mark.parametrize("flags", [["--limit", "3"], ["--adapt"], ["--load-4bit"], ["--exposure", "--inner-lr", "0.1"]], ids=" ".join)
+def test_flags_of_the_tasks_without_tasks_are_refused(cli, flags):
+    assert f"{[f for f in flags if f != '--exposure'][0]} is for --tasks" in refused(cli(evaluate, *flags))
+
+
 def test_the_papers_tables_with_ours_beside_them(tmp_path, capsys):
     score = {"model": "LLaDA-MoE", "task": "ruler_vt", "length": 4096, "metric": "4096", "value": 0.5, "samples": 9, "other": {}}
     baba = score | {"task": "babilong_longctx", "length": 1024, "metric": "acc", "memory": True, "adapt": True}

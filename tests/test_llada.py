@@ -538,7 +538,7 @@ def test_the_name_of_the_base_is_compared_where_it_says_something(tmp_path):
 
 def test_an_adapter_on_other_weights_of_the_same_shape_is_refused(folders, tmp_path):
     for seed in (0, 1):
-        shutil.copytree(folders["llada-moe"], tmp_path / str(seed))
+        shutil.copytree(folders / "llada-moe", tmp_path / str(seed))
     for path in (tmp_path / "1").glob("*.safetensors"):
         save_file({k: t + 0.01 for k, t in load_file(path).items()}, path, {"format": "pt"})
     llada.save_adapter(llada.add_lora(llada.load(str(tmp_path / "0")), 4, 8.0, 0.0), tmp_path / "a")
