@@ -80,8 +80,12 @@ def test_every_run_that_a_claim_or_table_names_is_in_the_plan():
     runs = paper.plan(paper.SIZES["full"])
     named = {place[0] for claim in claims() for place in (claim.first, claim.second)} | set(PAPER)
     assert named | {run for _, memory, plain in FAR for run in (memory, plain)} <= set(runs)
-    assert set(runs) - named - {run for row in FAR for run in row[1:]} == set()  # and none is made for nothing
-    assert named <= set(paper.plan(paper.SIZES["quick"]))
+    bases = {run.settings["from_run"] for run in runs.values() if "from_run" in run.settings}
+    assert bases == {"base", "base, 4 layers", "base, 3 x steps"} and bases <= set(runs)
+    assert set(runs) - named - bases - {run for row in FAR for run in row[1:]} == set()  # and none is made for nothing
+    left_out = named - set(paper.plan(paper.SIZES["quick"]))
+    assert left_out == {f"{run}, {what}" for run in ("lora mdlm", "lora memdlm") for what in ("4 layers", "3 x steps")}
+    assert not left_out & {row["first"][0] for row in judged({name: [] for name in paper.plan(paper.SIZES["quick"])})}
 
 
 def test_runs_are_done_once_and_again_only_if_they_would_differ(tmp_path):
@@ -136,7 +140,7 @@ def test_command_line(cli, monkeypatch, tmp_path):
     monkeypatch.setattr(paper, "plan", lambda size, plan=paper.plan: {
         k: r for k, r in plan(size).items() if k in ("base", "mdlm")})
     code, out, err = cli(evaluate, "--paper", "toy", "--quick", "--jobs", "1", "--seeds", "1", "--out", "p")
-    assert code == 0 and "Table 1" in out and (tmp_path / "p/quick/report.html").exists()
+    assert code == 0 and "Fig. 5" in out and (tmp_path / "p/quick/report.html").exists()
 
 
 def test_readme_quotes_the_summary():

@@ -73,7 +73,7 @@ ABLATIONS = {
 
 
 def plan(size):
-    """{name: Run}. A run whose settings say from_run="base" starts from the base of its seed."""
+    """{name: Run}. A run whose settings name another in from_run starts from that one of its seed."""
     off, written = dict(memory=False), train.WRITTEN_FROM["prompt"]
     # At this strength phi visibly holds the answers, and theta is not lost without it.
     tuned = dict(data="prose", from_run="base", steps=size.tuned, batch=16, lr=1e-3, per_sample=True, inner_lr=0.03)
@@ -113,6 +113,11 @@ def plan(size):
                  "lora memdlm, eta 0.01": Run(tuned | lora | dict(inner_lr=0.01), small),
                  "lora memdlm, eta 0.1": Run(tuned | lora | dict(inner_lr=0.1), small),
                  "memdlm from the prompt": Run(tuned | written | dict(memory_from="prompt"), small)}
+        for what, change in (("4 layers", dict(layers=4)), ("3 x steps", dict(steps=3 * size.base))):
+            start = dict(from_run=f"base, {what}") | {name: x for name, x in change.items() if name == "layers"}
+            runs |= {f"base, {what}": Run(runs["base"].settings | change, ("retrieval",)),
+                     f"lora mdlm, {what}": Run(tuned | off | lora | start, ("retrieval", "nats")),
+                     f"lora memdlm, {what}": Run(tuned | lora | start, ("retrieval", "nats"))}
         runs |= {f"scratch memdlm, eta {eta:g}": Run(scratch | dict(inner_lr=eta), ("nats_short",))
                  for eta in (0.01, 0.03, 0.1)}
         runs |= {"scratch memdlm, shared, eta 0.1": Run(scratch | dict(per_sample=False, inner_lr=0.1), ("nats",)),
@@ -310,7 +315,7 @@ def dynamics(folder):
 
 def settings_of(run, seed, folder):
     common = dict(seed=seed, threads=1, control=False, table_samples=0, sample_every=0, log_every=5)
-    base = dict(from_run=str(folder / str(seed) / "base")) if "from_run" in run.settings else {}
+    base = dict(from_run=str(folder / str(seed) / run.settings["from_run"])) if "from_run" in run.settings else {}
     return train.Settings(**{**run.settings, **common, **base})
 
 
@@ -371,11 +376,11 @@ def work_all(size, folder, jobs, seeds, only=None):
               disable=not todo) as bar:
         try:
             while todo or running:
-                waits = {seed for name, seed in [*todo, *running.values()] if name == "base"}
-                ready = [key for key in todo if key[0] == "base" or key[1] not in waits or "from_run" not in todo[key].settings]
-                # The long ones first, so that the end does not wait for one.
-                for key in sorted(ready,
-                                  key=lambda key: (key[0] != "base", -cost(todo[key])))[:max(0, 2 * jobs - len(running))]:
+                waits = {*todo, *running.values()}
+                ready = [key for key in todo if (todo[key].settings.get("from_run"), key[1]) not in waits]
+                # Bases and the long ones first, so that the end does not wait for one.
+                for key in sorted(ready, key=lambda key: ("base" not in key[0],
+                                                          -cost(todo[key])))[:max(0, 2 * jobs - len(running))]:
                     run = todo.pop(key)
                     s = settings_of(run, key[1], folder)
                     running[pool.submit(work, s, run.measures, folder / str(key[1]) / key[0], size)] = key

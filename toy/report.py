@@ -37,6 +37,8 @@ FAR = (("tuned, eta 0.003", "memdlm, lr 0.001, eta 0.003", "mdlm"), ("tuned, eta
        ("tuned by a LoRA, eta 0.01", "lora memdlm, eta 0.01", "lora mdlm"),
        ("tuned by a LoRA, eta 0.03", "lora memdlm", "lora mdlm"),
        ("tuned by a LoRA, eta 0.1", "lora memdlm, eta 0.1", "lora mdlm"),
+       ("tuned by a LoRA, base of 4 layers, eta 0.03", "lora memdlm, 4 layers", "lora mdlm, 4 layers"),
+       ("tuned by a LoRA, base trained 3 times as long, eta 0.03", "lora memdlm, 3 x steps", "lora mdlm, 3 x steps"),
        ("tuned, phi from the prompt (ours)", "memdlm from the prompt", "mdlm"),
        ("scratch, eta 0.003 (the default here)", "scratch memdlm", "scratch mdlm"),
        ("scratch, eta 0.01", "scratch memdlm, eta 0.01", "scratch mdlm"),
