@@ -568,6 +568,9 @@ class Backbone(nn.Module):
     def has_lora(self):
         return hasattr(self.network, "peft_config")
 
+    def checksum(self):
+        return checksum(self.part("embed").weight, [p for p in self.core.parameters() if p.dim() == 1])
+
     @property
     def decoder(self):
         return block_diffusion if self.config.family == "llada2" else memdlm.denoise
@@ -801,7 +804,7 @@ def load(model, load_4bit=False, dtype="auto", device=None, attention="full", ch
                 module.grouped = experts == "grouped"
         if load_4bit:
             to_4bit(network, config, dtype)
-    load_weights(network, merged(source, merge, network, model, FAMILIES[config.family]) if merge else source, dtype, device)
+    load_weights(network, merged(source, merge, network, model, FAMILIES[config.family].embed) if merge else source, dtype, device)
     if folder:
         source.finish()
     if tokenizer:
@@ -877,9 +880,10 @@ def lora_weights(backbone):
     return {name.replace(".default.", "."): p for name, p in backbone.network.named_parameters() if "lora_" in name}
 
 
-def checksum(embedding, norm):
-    """Tells base weights of one shape apart, by some that are never quantised or adapted; in bfloat16, as checkpoints come."""
-    some = torch.cat([embedding[:1024].flatten(), norm]).detach().to("cpu", torch.bfloat16)
+def checksum(embedding, vectors):
+    """Tells base weights of one shape apart, by some that are never quantised or adapted: embeddings and all norms; in bfloat16,
+    as checkpoints come. (So a base that differs by a merged LoRA alone is not told apart.)"""
+    some = torch.cat([embedding[:1024].flatten(), *vectors]).detach().to("cpu", torch.bfloat16)
     return f"{crc32(some.view(torch.int16).numpy().tobytes()):08x}"
 
 
@@ -889,8 +893,7 @@ def save_adapter(backbone, folder):
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     backbone.network.save_pretrained(aside, save_embedding_layers=False)
-    own = checksum(backbone.part("embed").weight, backbone.part("norm").weight)
-    (aside / "base.json").write_text(json.dumps({"name": backbone.name, "checksum": own}) + "\n")
+    (aside / "base.json").write_text(json.dumps({"name": backbone.name, "checksum": backbone.checksum()}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
@@ -934,7 +937,7 @@ def read_adapter(folder, base, own=None):
 
 def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):
     """Put a trained adapter on the backbone, live and trainable. Every key must fit, and no layer may go without."""
-    raw, tensors = read_adapter(folder, backbone.name, checksum(backbone.part("embed").weight, backbone.part("norm").weight))
+    raw, tensors = read_adapter(folder, backbone.name, backbone.checksum())
     targets = sorted({key.rpartition(".lora_")[0].rpartition(".")[2] for key in tensors})
     allowed = lora_targets(backbone.config, "all", backbone.config.family == "llada_moe")
     if not targets or not set(targets) <= set(allowed):
@@ -950,11 +953,11 @@ def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):
     return backbone
 
 
-def merged(source, folder, network, base, family):
+def merged(source, folder, network, base, embed):
     """The same source of weights, with an adapter's W + (alpha / r) B A. Before quantisation: rounded once, not twice."""
     weights = dict(network.named_parameters())
-    raw, tensors = read_adapter(folder, base, checksum(*(source(f"{name}.weight", weights[f"{name}.weight"].shape)
-                                                         for name in (family.embed, family.norm))))
+    vectors = [source(name, p.shape) for name, p in weights.items() if p.dim() == 1]
+    raw, tensors = read_adapter(folder, base, checksum(source(f"{embed}.weight", weights[f"{embed}.weight"].shape), vectors))
     scale = raw["lora_alpha"] / raw["r"]
     stems = {key.rpartition(".lora_")[0] for key in tensors}
     for stem in sorted(stems):

@@ -61,6 +61,7 @@ from zlib import crc32
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -258,6 +259,7 @@ class Rows(torch.autograd.Function):
         return losses.detach()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, factor):
         return factor[:, None] * ctx.saved_tensors[0], *[None] * (len(ctx.needs_input_grad) - 1)
 
@@ -268,9 +270,10 @@ def by_rows(loss, backbone, h, *rest):
     With 157k words the logits of a sequence would be the largest tensor of all. A trained head (the toy's) needs all of them in
     the backward pass: if they are many, they are computed again there.
     """
-    size = max(1, (LOGITS if h.is_cuda else LOGITS // 16) // backbone.vocab_size)  # what a CPU's cache may hold
+    trained = backbone.head(h[:0].detach()).requires_grad  # of no rows: only the head's own weights can require it
+    size = max(1, (LOGITS if trained or h.is_cuda else LOGITS // 16) // backbone.vocab_size)  # // 16: what a CPU's cache may hold
     parts = list(zip(*(row.split(size) for row in (h, *rest))))
-    if backbone.head(h[:0].detach()).requires_grad:  # of no rows: only the head's own weights can require it
+    if trained:
         if len(parts) == 1:
             return loss(backbone, h, *rest)
         losses = [checkpoint(loss, backbone, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
@@ -615,9 +618,10 @@ def choose(backbone, h, blind=None, cfg_scale=0.0, temperature=0.0, noise=None):
             gumbel = -(-noise[i:i + size].to(h.device).clamp(min=1e-300).log()).log()
             best = logits + temperature * gumbel
         tokens.append(best.argmax(-1))
-        # p = 1 / sum_v exp(logit_v - logit_token). Summed in float64, for the most confident differ by less than 1e-7.
-        own = logits.gather(1, tokens[-1][:, None])
-        probabilities.append((logits - own).exp().sum(-1, dtype=torch.float64).reciprocal())
+        # p = 1 / (1 + sum_{v not the token} exp(logit_v - logit_token)), the last step in float64: near 1 less than 1e-7 decides.
+        token = tokens[-1][:, None]
+        others = (logits - logits.gather(1, token)).exp().scatter(1, token, 0.0).sum(-1)
+        probabilities.append(1 / (1 + others.double()))
     return torch.cat(tokens).cpu(), torch.cat(probabilities).cpu()
 
 

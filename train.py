@@ -222,11 +222,21 @@ def save(folder, model, optimizer, step, processes=1):
         tensors |= {f"adamw.{key}.{name}": torch.as_tensor(value) for key, value in optimizer.state.get(p, {}).items()
                     if not key.startswith("qmap")}  # the 8-bit optimisers' table of levels, the same for all
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    state = {"state": json.dumps({"step": step, "processes": processes})}  # one entry: their order in the file is random
-    write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, state))
-    if getattr(model.backbone, "has_lora", False):
+    state = {"step": step, "processes": processes, "base": base_of(model.backbone)}
+    if getattr(model.backbone, "has_lora", False):  # first: what is cut off between the two is done again
         import llada
         llada.save_adapter(model.backbone, folder / "adapter")
+    # One entry of metadata: the order of several in the file is random.
+    write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, {"state": json.dumps(state)}))
+
+
+def base_of(backbone):
+    """A checksum of the weights that a LoRA stands on, None where all are trained."""
+    if all(p.requires_grad for p in backbone.parameters()):
+        return None
+    if hasattr(backbone, "checksum"):
+        return backbone.checksum()
+    return f"{crc32(b''.join(p.detach().numpy().tobytes() for p in backbone.parameters() if not p.requires_grad)):08x}"
 
 
 def load(folder, model, optimizer=None, processes=1):
@@ -244,6 +254,9 @@ def load(folder, model, optimizer=None, processes=1):
     if optimizer and before != processes:
         raise ValueError(f"{folder} was trained by {before} processes; with {processes} its steps would be others. Resume it with "
                          f"{before}, or with --out start another run")
+    own = base_of(model.backbone)
+    if state.get("base", own) != own:
+        raise ValueError(f"{path} was trained on other base weights than those that are there now")
     named = trained(model)
     for name, p in named.items():
         saved = tensors.get(f"model.{name}")

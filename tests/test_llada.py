@@ -485,7 +485,7 @@ def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(n
     # Merged: into the weights of a checkpoint on disk, before they would be quantised.
     weights = tiny(name).network.state_dict()
     network = llada.build_network(backbone.config)
-    source = llada.merged(lambda key, shape: weights[key], str(tmp_path / "adapter"), network, name, llada.FAMILIES[backbone.config.family])
+    source = llada.merged(lambda key, shape: weights[key], str(tmp_path / "adapter"), network, name, llada.FAMILIES[backbone.config.family].embed)
     llada.load_weights(network, source, torch.float32, "cpu")
     merged = llada.Backbone(network.eval(), backbone.config)
     torch.testing.assert_close(logits(merged, batch.x0, batch.valid), expected, rtol=1e-3, atol=1e-3)
