@@ -1,9 +1,9 @@
-"""Kill a training run again and again, and see whether anything is lost.
+"""End a training run suddenly, again and again, and see whether anything is lost.
 
     python tests/crash.py --kills 100        prints what was done and found; exit code 1 if anything differs
 
 Half of the kills come from outside, -9 at a random moment. The others come from a timer in the process that is set when a
-checkpoint begins to be written and goes off somewhere within the time that the quickest one took: the process ends as suddenly.
+checkpoint begins to be written and goes off within the time that the quickest one took: the process ends as suddenly.
 The killed run is resumed until it ends. Its weights, optimiser and metrics must then be those of a run nobody touched, bit for
 bit; after each kill the checkpoint must be readable; and no resume may repeat more than one save interval.
 """
@@ -21,34 +21,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # imported once: every run is a fork of this process
 
-EVERY = 4
+EVERY, SAVING = 4, Path("saving")
 FLAGS = ["--model", "toy", "--data", "languages", "--steps", "60", "--batch", "2",
          "--width", "16", "--layers", "1", "--heads", "2", "--log-every", "1", "--save-every", str(EVERY),
          "--sample-every", "0", "--table-samples", "0", "--threads", "1", "--no-control"]
 
 
-def die_while_saving(rng):
-    """In this process one of the next checkpoints is not finished: SIGALRM ends the process, for nothing handles it."""
-    write, left, took = train.write_whole, [rng.randint(2, 4)], [math.inf]
+def watch_saves(rng):
+    """In this process: a file says when a checkpoint is being written. With rng one of the next ones is not finished: SIGALRM
+    ends the process, for nothing handles it."""
+    write, left, took = train.write_whole, [rng.randint(2, 4) if rng else -1], [math.inf]
 
-    def timed(path, how):
+    def watched(path, how):
+        if path.name != "model.safetensors":
+            return write(path, how)
+        left[0] -= 1
         begin = time.monotonic()
-        if path.name == "model.safetensors":
-            left[0] -= 1
-            if left[0] == 0:
-                signal.setitimer(signal.ITIMER_REAL, max(1e-6, rng.uniform(0, took[0])))
+        SAVING.touch()
+        if left[0] == 0:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-6, rng.uniform(0, took[0])))
         write(path, how)
-        if path.name == "model.safetensors":
-            took[0] = min(took[0], time.monotonic() - begin)
-    train.write_whole = timed
+        SAVING.unlink()
+        took[0] = min(took[0], time.monotonic() - begin)
+    train.write_whole = watched
 
 
 def start(*arguments, rng=None):
     """A training run as a process of its own; its output goes to log.txt. Returns its number. rng: it is to die while saving."""
     if (child := os.fork()) == 0:
         try:
-            if rng:
-                die_while_saving(rng)
+            watch_saves(rng)
             log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1), os.dup2(log, 2)
             sys.argv = ["train.py", *arguments]
@@ -112,12 +114,13 @@ def crash(kills, seed=0):
     assert ended(start(*FLAGS, "--out", "whole"), time.monotonic() + 300) == 0, Path("log.txt").read_text()
     want, want_metrics = Path("whole/model.safetensors").read_bytes(), metrics(Path("whole"))
     while report["kills"] < kills:
-        begun, aimed = (folder / "settings.json").exists(), rng.random() < 0.5
+        begun, aimed = (folder / "settings.json").exists(), report["kills"] % 2 == 1
         arguments = ["--resume", str(folder)] if begun else [*FLAGS, "--out", str(folder)]
         code = kill(start(*arguments, rng=random.Random(rng.random()) if aimed else None), rng, aimed)
         if code in (-signal.SIGKILL, -signal.SIGALRM):
             report["kills"] += 1
-            report["while_saving"] += code == -signal.SIGALRM or (folder / "model.safetensors.tmp").exists()
+            report["while_saving"] += SAVING.exists()
+            SAVING.unlink(missing_ok=True)
             try:
                 report["most_repeated"] = max(report["most_repeated"], last_step(folder) + 1 - saved_step(folder))
             except Exception:

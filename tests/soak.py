@@ -3,13 +3,15 @@
     python tests/soak.py --minutes 60      prints a line per round and a summary; exit code 1 if memory grows or a weight changes
 
 A round trains the default toy and its control for some steps, with checkpoints and pictures, then adapts to a thousand prompts and
-decodes after them. Rounds are alike, so whatever the last ones hold more than the early ones has leaked.
+decodes after them. Rounds are alike: what the last third of them holds more than the first has leaked.
 """
 import argparse
 import contextlib
 import io
 import json
 import os
+import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -49,18 +51,27 @@ def one_round(folder, number):
     return all(torch.equal(p, before[name]) for name, p in backbone.state_dict().items())
 
 
+def growth(levels):
+    """Megabytes at the start and at the end, each a median of a third, and whether that is growth. The first rounds load what is
+    loaded once, and fill the allocator's pools."""
+    levels = levels[8:]
+    third = len(levels) // 3
+    early, late = statistics.median(levels[:third]), statistics.median(levels[-third:])
+    return early, late, late - early > max(10, 0.1 * (len(levels) - third))
+
+
 def soak(minutes):
     end, levels, sound = time.monotonic() + 60 * minutes, [], True
     with tempfile.TemporaryDirectory() as place:
-        while time.monotonic() < end or len(levels) < 3:
-            sound &= one_round(Path(place) / f"r{len(levels)}", len(levels))
+        while time.monotonic() < end or len(levels) < 30:
+            folder = Path(place) / "r"
+            shutil.rmtree(folder, ignore_errors=True)
+            sound &= one_round(folder, len(levels))
             levels.append(resident())
             print(f"round {len(levels)}: {levels[-1]:.0f} MB", flush=True)
-    # The first round loads what is loaded once; then the middle of the first and of the last third.
-    rest = sorted(levels[1:1 + len(levels) // 3]), sorted(levels[-(len(levels) // 3):])
-    early, late = (part[len(part) // 2] for part in rest)
+    early, late, grows = growth(levels)
     return {"minutes": minutes, "rounds": len(levels), "steps": 2 * STEPS * len(levels), "prompts": PROMPTS * len(levels),
-            "weights_unchanged_by_adapting": sound, "early_mb": round(early), "late_mb": round(late), "most_mb": round(max(levels))}
+            "weights_unchanged_by_adapting": sound, "early_mb": round(early), "late_mb": round(late), "grows": grows}
 
 
 if __name__ == "__main__":
@@ -68,4 +79,4 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=60)
     result = soak(parser.parse_args().minutes)
     print(json.dumps(result))
-    sys.exit(not result["weights_unchanged_by_adapting"] or result["late_mb"] > result["early_mb"] + 30)
+    sys.exit(result["grows"] or not result["weights_unchanged_by_adapting"])

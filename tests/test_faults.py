@@ -24,6 +24,7 @@ from toy.model import ToyConfig, ToyDLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 import crash  # noqa: E402
+import soak  # noqa: E402
 
 MANY = int(os.environ.get("MEMDLM_FUZZ", 2000))  # mutated inputs per fuzzer; a person may start many more
 V, MASK = 24, 1
@@ -58,13 +59,20 @@ TINY = ["--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--hea
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, monkeypatch):
-    """In a process of its own, for it forks: dozens of kills, half of them while a checkpoint is written."""
+    """In a process of its own, for it forks: dozens of kills, half of them aimed at a checkpoint being written."""
     import subprocess
     run = subprocess.run([sys.executable, crash.__file__, "--kills", "24"], capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(run.stdout.splitlines()[-1])
     assert report["kills"] == 24 and report["while_saving"] > 3 and report["different"] == report["unreadable"] == 0
     assert report["most_repeated"] <= crash.EVERY and report["runs"] >= 1
+
+
+def test_the_soak_test_tells_growth_from_noise():
+    noise = random.Random(0)
+    flat = [400 + 50 * min(1, i / 6) + noise.uniform(-4, 4) for i in range(60)]
+    assert not soak.growth(flat)[2] and soak.growth([x + 0.75 * i for i, x in enumerate(flat)])[2]
+    assert not soak.growth(flat[:30])[2] and soak.growth([x + 2 * i for i, x in enumerate(flat[:30])])[2]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import StopAfter, metrics, refused
 
 import bench
@@ -119,6 +119,41 @@ for p in made[-1].parameters():
         torch.distributed.all_gather(both, p.detach())
         assert torch.equal(*both), "the processes hold different weights"
 """
+
+
+@pytest.mark.parametrize("save", [1, 2])
+def test_adapter_and_checkpoint_agree_after_a_kill_between_them(cli, here, tiny, monkeypatch, save):
+    flags = ["--model", tiny / "llada-moe", *SMALL, "--sample-every", "0", "--eval-every", "0"]
+    assert cli(train, *flags, "--out", "whole")[0] == 0
+    written = []
+
+    def cut(real):
+        def write(first, second):
+            if real is llada_save or first.name == "model.safetensors":
+                written.append(first)
+                if len(written) == 2 * save:  # the second of the two
+                    raise KeyboardInterrupt  # as sudden as it gets within a test
+            real(first, second)
+        return write
+    llada_save = llada.save_adapter
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_whole", cut(train.write_whole))
+        patch.setattr(llada, "save_adapter", cut(llada_save))
+        with pytest.raises(KeyboardInterrupt):
+            cli(train, *flags, "--out", "cut")
+    assert cli(train, "--resume", "cut")[0] == 0
+    for name in ("adapter/adapter_model.safetensors", "model.safetensors"):
+        whole, resumed = load_file(here / "whole" / name), load_file(here / "cut" / name)
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole | resumed), name
+
+
+def test_a_run_on_other_base_weights_is_refused(cli, here, tiny):
+    shutil.copytree(tiny / "llada-moe", here / "m")
+    assert cli(train, "--model", "m", *SMALL, "--sample-every", "0", "--out", "r")[0] == 0
+    for path in (here / "m").glob("*.safetensors"):
+        save_file({key: p + 0.01 for key, p in load_file(path).items()}, path, {"format": "pt"})
+    for command in ((train, "--resume", "r"), (generate, "--run", "r", "--prompt", "Hello")):
+        assert "was trained on other base weights" in refused(cli(*command))
 
 
 @pytest.mark.parametrize("more", [[], ["--lora-dtype", "bfloat16", "--optimizer", "adamw8bit"]], ids=" ".join)
