@@ -708,11 +708,16 @@ def parse():
     inner = [name for name in INNER if name != "closed_book"]  # what a run's decoder sees was settled in training
     add_flags(tasks, LOADING + inner)
     arguments = parser.parse_args()
-    only = ["lengths", "adapt", "limit", "batch_size", "num_fewshot", "chat_template", "max_length", "steps", "mode", "mc_samples",
-            "include_path", "wait", "model", *LOADING, *(inner if arguments.exposure or arguments.paper else [])]
-    idle = [name for name in only if getattr(arguments, name, parser.get_default(name)) != parser.get_default(name)]
-    if idle and not arguments.tasks:
-        refuse(f"--{idle[0].replace('_', '-')} is for --tasks, and none are given")
+    mode = ("--tasks" if arguments.tasks else "--paper toy" if arguments.paper == "toy" else "--paper" if arguments.paper
+            else "--exposure" if arguments.exposure else "the table of runs")
+    used = {"--tasks": ["runs", "tasks", "out", "lengths", "adapt", "limit", "batch_size", "num_fewshot", "chat_template", "max_length",
+                        "steps", "mode", "mc_samples", "include_path", "wait", "model", *LOADING, *inner],
+            "--paper toy": ["paper", "quick", "jobs", "seeds", "out"], "--paper": ["paper"], "--exposure": ["runs", "exposure", "samples", "out"],
+            "the table of runs": ["runs", "samples", "json", "picture", *inner]}[mode]
+    idle = [name for name, value in vars(arguments).items() if value and value != parser.get_default(name) and name not in used]
+    if idle:
+        refuse(f"{'a run' if idle[0] == 'runs' else '--' + idle[0].replace('_', '-')} is not for {mode}")
+    return arguments
     return arguments
 
 

@@ -185,9 +185,14 @@ def test_chat_template_and_refusals(place, cli):
     assert "one run or one --model" in refused(cli(evaluate, place / "run", place / "run", "--tasks", "babilong_qa1"))
 
 
-@pytest.mark.parametrize("flags", [["--limit", "3"], ["--adapt"], ["--load-4bit"], ["--exposure", "--inner-lr", "0.1"]], ids=" ".join)
-def test_flags_of_the_tasks_without_tasks_are_refused(cli, flags):
-    assert f"{[f for f in flags if f != '--exposure'][0]} is for --tasks" in refused(cli(evaluate, *flags))
+@pytest.mark.parametrize("line, says", [
+    ("--limit 3", "--limit is not for the table"), ("--adapt", "--adapt is not for the table"), ("--load-4bit", "not for the table"),
+    ("--exposure --inner-lr 0.1", "--inner-lr is not for --exposure"), ("--exposure --picture p", "--picture is not for --exposure"),
+    ("--tasks x --exposure", "--exposure is not for --tasks"), ("--tasks x --samples 5", "--samples is not for --tasks"),
+    ("--paper toy --tasks x", "--paper is not for --tasks"), ("--paper runs/a --quick", "--quick is not for --paper"),
+    ("--seeds 3", "--seeds is not for the table"), ("r --paper", "a run is not for --paper")])
+def test_a_flag_that_would_do_nothing_is_refused(cli, line, says):
+    assert says in refused(cli(evaluate, *line.split()))
 
 
 def test_the_papers_tables_with_ours_beside_them(tmp_path, capsys):
