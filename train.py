@@ -236,7 +236,7 @@ def base_of(backbone):
         return None
     if hasattr(backbone, "checksum"):
         return backbone.checksum()
-    return f"{crc32(b''.join(p.detach().numpy().tobytes() for p in backbone.parameters() if not p.requires_grad)):08x}"
+    return f"{crc32(b''.join(p.detach().cpu().numpy().tobytes() for p in backbone.parameters() if not p.requires_grad)):08x}"
 
 
 def load(folder, model, optimizer=None, processes=1):
