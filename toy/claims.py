@@ -93,6 +93,11 @@ def lora_claims():
                 (with_memory, "in adapted"), (with_memory, kept), "more")
     yield Claim("control", "... than with phi of another prompt", (with_memory, "in adapted"), (with_memory, "in another"), "more")
     yield Claim("Fig. 5", "tuned by a LoRA: train-only retrieves more than the base", (with_memory, kept), ("base", kept), "more")
+    half = "lora mdlm, 4 layers, lr x 0.5"
+    yield Claim("control", "a base of four layers: it retrieves more than MDLM at half the learning rate",
+                ("lora memdlm, 4 layers", kept), (half, kept), "more")
+    yield Claim("control", "a base of four layers: its loss is lower than of MDLM at half the learning rate",
+                ("lora memdlm, 4 layers", loss), (half, loss), "less")
     for what, text in (("4 layers", "a base of four layers"), ("3 x steps", "a base trained three times as long")):
         first, second = f"{with_memory}, {what}", f"{without}, {what}"
         yield Claim("Table 1", f"{text}, tuned by a LoRA: train-only retrieves more than MDLM", (first, kept), (second, kept), "more")
