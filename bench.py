@@ -285,8 +285,9 @@ def cpu_table(quick, repeats):
         print(steps[-1]["case"], "measured", flush=True)
     for name in MIDDLE:
         case = middle(name, 8192, lora=False)  # as after merging it
-        new = 32 if decoder(case.backbone) is not memdlm.denoise else 2
-        for prompt in (256, 1024) if quick else (256, 1024, 4096):
+        in_blocks = decoder(case.backbone) is not memdlm.denoise
+        sizes = [(prompt, 32 if in_blocks else 2) for prompt in (256, 1024, 4096)] + [(1024, 128)] * in_blocks
+        for prompt, new in sizes[:2] if quick else sizes:
             decodes.append(decoding(case, prompt, new, 1 if prompt > 1024 else repeats, clock))
     eight = batch_of_eight(repeats, clock)
     print()
