@@ -714,10 +714,9 @@ def parse():
                         "steps", "mode", "mc_samples", "include_path", "wait", "model", *LOADING, *inner],
             "--paper toy": ["paper", "quick", "jobs", "seeds", "out"], "--paper": ["paper"], "--exposure": ["runs", "exposure", "samples", "out"],
             "the table of runs": ["runs", "samples", "json", "picture", *inner]}[mode]
-    idle = [name for name, value in vars(arguments).items() if value and value != parser.get_default(name) and name not in used]
+    idle = [name for name, value in vars(arguments).items() if value != [] and value != parser.get_default(name) and name not in used]
     if idle:
         refuse(f"{'a run' if idle[0] == 'runs' else '--' + idle[0].replace('_', '-')} is not for {mode}")
-    return arguments
     return arguments
 
 

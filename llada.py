@@ -271,11 +271,11 @@ class Past:
 
 def feed(h, x, need, feed_forward):
     """h + feed_forward(x), on all rows or on those needed. x [B, L, D]; or [N, D] with the number of rows of each sample."""
-    if need is not None and not need.any() and not torch.is_grad_enabled():
-        return h  # the keys and values of a finished block: nobody reads what is above them
-    if need is None or not need.any():
+    if need is not None and need.any():
+        return h.index_put((need,), h[need] + feed_forward(x[need], need.sum(1).tolist()))
+    if need is None or torch.is_grad_enabled():  # with gradients all weights take part, even if nothing is read
         return h + feed_forward(x)
-    return h.index_put((need,), h[need] + feed_forward(x[need], need.sum(1).tolist()))
+    return h  # the keys and values of a finished block: nobody reads what is above them
 
 
 class FeedForward(nn.Module):
@@ -898,9 +898,8 @@ def save_adapter(backbone, folder):
     aside.rename(folder)
 
 
-def read_adapter(folder, base, own=None):
-    """An adapter's folder or hub id -> its LoraConfig fields and tensors. Only plain LoRA is taken. base, own: the name of the
-    weights that it is to go on, and their checksum."""
+def read_adapter(folder, base):
+    """An adapter's folder or hub id -> its LoraConfig fields, with base.json under made_for, and tensors. Only plain LoRA is taken."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     folder = find(folder)
@@ -920,10 +919,7 @@ def read_adapter(folder, base, own=None):
     if "merged with" in theirs + base and theirs != base or published and ours != their:
         raise ValueError(f"{folder} was made for {theirs}, not for {base}; if that is the same model, correct "
                          "base_model_name_or_path in its adapter_config.json")
-    their = read_json(folder / "base.json") if own and (folder / "base.json").exists() else {}
-    if isinstance(their, dict) and their.get("checksum", own) != own:
-        raise ValueError(f"{folder} was made for other weights ({their.get('name')}) than those of {base}; "
-                         "remove its base.json to use it all the same")
+    raw["made_for"] = read_json(folder / "base.json") if (folder / "base.json").exists() else {}
     try:
         tensors = load_file(path)
     except FileNotFoundError:
@@ -935,9 +931,17 @@ def read_adapter(folder, base, own=None):
     return raw, tensors
 
 
+def refuse_other_weights(raw, folder, base, own):
+    """Of two bases with the same shapes, an adapter fits one. own: the checksum of that which is here."""
+    made_for = raw["made_for"]
+    if isinstance(made_for, dict) and made_for.get("checksum", own) != own:
+        raise ValueError(f"{folder} was made for other weights ({made_for.get('name')}) than those of {base}; "
+                         "remove its base.json to use it all the same")
+
+
 def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):
     """Put a trained adapter on the backbone, live and trainable. Every key must fit, and no layer may go without."""
-    raw, tensors = read_adapter(folder, backbone.name, backbone.checksum())
+    raw, tensors = read_adapter(folder, backbone.name)
     targets = sorted({key.rpartition(".lora_")[0].rpartition(".")[2] for key in tensors})
     allowed = lora_targets(backbone.config, "all", backbone.config.family == "llada_moe")
     if not targets or not set(targets) <= set(allowed):
@@ -948,6 +952,7 @@ def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):
              if key not in tensors or key not in places or tensors[key].shape != places[key].shape]
     if wrong:
         raise ValueError(f"{folder} was made for another model: {len(wrong)} of {len(tensors)} keys do not fit, such as {min(wrong)}")
+    refuse_other_weights(raw, folder, backbone.name, backbone.checksum())
     for key, p in places.items():
         p.data.copy_(tensors[key])
     return backbone
@@ -955,16 +960,16 @@ def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):
 
 def merged(source, folder, network, base, embed):
     """The same source of weights, with an adapter's W + (alpha / r) B A. Before quantisation: rounded once, not twice."""
-    weights = dict(network.named_parameters())
-    vectors = [source(name, p.shape) for name, p in weights.items() if p.dim() == 1]
-    raw, tensors = read_adapter(folder, base, checksum(source(f"{embed}.weight", weights[f"{embed}.weight"].shape), vectors))
-    scale = raw["lora_alpha"] / raw["r"]
+    raw, tensors = read_adapter(folder, base)
+    scale, weights = raw["lora_alpha"] / raw["r"], dict(network.named_parameters())
     stems = {key.rpartition(".lora_")[0] for key in tensors}
     for stem in sorted(stems):
         shapes = [tuple(tensors[f"{stem}.lora_{x}.weight"].shape) if f"{stem}.lora_{x}.weight" in tensors else None for x in "AB"]
         place = weights.get(stem.removeprefix("base_model.model.") + ".weight")
         if place is None or shapes != [(raw["r"], place.shape[1]), (place.shape[0], raw["r"])]:
             raise ValueError(f"{folder} was made for another model: its {stem} has no place here")
+    vectors = [source(name, p.shape) for name, p in weights.items() if p.dim() == 1]
+    refuse_other_weights(raw, folder, base, checksum(source(f"{embed}.weight", weights[f"{embed}.weight"].shape), vectors))
 
     def with_adapter(name, shape):
         W, stem = source(name, shape), "base_model.model." + name.removesuffix(".weight")
@@ -1175,13 +1180,13 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
     """
     end, done = int(valid.sum(1).max()), ~fill.any(1)  # done: nothing (more) is wanted of this row
     x, given, fill = _whole_blocks(x, fill, valid, backbone.mask_id)
-    open_, width = fill.clone(), x.shape[1]
-    past = Past(width)
+    open_, width, past = fill.clone(), x.shape[1], Past(x.shape[1])
     stops = torch.tensor(backbone.tokenizer.stop_ids if backbone.tokenizer else [backbone.config.eos_id])
 
     def forward(start, stop, need=None):
         """Hidden states of x[:, start:stop], read where `need` is. None: nowhere; final tokens, which join the past."""
-        keep, need = need is None, torch.zeros(x[:, start:stop].shape, dtype=torch.bool) if need is None else need
+        keep = need is None
+        need = torch.zeros(x[:, start:stop].shape, dtype=torch.bool) if keep else need
         with memdlm.fast_weights(backbone, s, phi):
             h = backbone.blocks(backbone.embed(x[:, start:stop]), None, 0, None, need, past)
         past.length = stop if keep else past.length

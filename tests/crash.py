@@ -74,10 +74,8 @@ def ended(child, until):
     return None
 
 
-def kill(child, rng, aimed):
-    """Wait for a random moment and kill, or, where it is aimed, for the end. Returns the exit code, -9 or -14 if it was killed."""
-    if aimed:
-        return ended(child, time.monotonic() + 300)
+def kill(child, rng):
+    """Wait for a random moment and kill. Returns the exit code: -9, or that of a run that ended before."""
     if (code := ended(child, time.monotonic() + rng.uniform(0.02, 1.2))) is not None:
         return code
     os.kill(child, signal.SIGKILL)
@@ -116,7 +114,10 @@ def crash(kills, seed=0):
     while report["kills"] < kills:
         begun, aimed = (folder / "settings.json").exists(), report["kills"] % 2 == 1
         arguments = ["--resume", str(folder)] if begun else [*FLAGS, "--out", str(folder)]
-        code = kill(start(*arguments, rng=random.Random(rng.random()) if aimed else None), rng, aimed)
+        if aimed:
+            code = ended(start(*arguments, rng=random.Random(rng.random())), time.monotonic() + 300)
+        else:
+            code = kill(start(*arguments), rng)
         if code in (-signal.SIGKILL, -signal.SIGALRM):
             report["kills"] += 1
             report["while_saving"] += SAVING.exists()

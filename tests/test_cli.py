@@ -370,7 +370,8 @@ def test_the_commands_of_the_readme_run(command, trained, tmp_path):
     script, arguments = words[1], words[2:]
     (tmp_path / "my.jsonl").write_text("\n".join(json.dumps({"prompt": f"say {i}", "response": str(i)}) for i in range(9)))
     (tmp_path / "notes.txt").write_text("fox ruby owl jade")
-    small = {"train.py": [*TINY, "--table-samples", "0"], "generate.py": [], "evaluate.py": [] if {"--paper", "--tasks"} & {*arguments} else ["--samples", "3"],
+    small = {"train.py": [*TINY, "--table-samples", "0"], "generate.py": [],
+             "evaluate.py": [] if {"--paper", "--tasks"} & {*arguments} else ["--samples", "3"],
              "bench.py": ["--tiny", "--length", "64", "--repeats", "1", "--new-tokens", "4"], "llada.py": []}[script]
     if "--tasks" not in arguments and "--model" in arguments and arguments[arguments.index("--model") + 1] not in ("toy", *llada_names()):
         arguments[arguments.index("--model") + 1] = tiny_folder(tmp_path, arguments[arguments.index("--model") + 1])

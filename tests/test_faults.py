@@ -181,9 +181,6 @@ def test_after_decoding_with_memory_nothing_of_it_is_left():
 
 
 def test_a_thousand_prompts_leave_weights_and_modes_bit_for_bit_and_memory_flat():
-    def resident():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     model, s = toy_model(), memdlm.Settings(trajectory="cover:4", inner_lr=0.3)
     model.layers[0].train()  # an odd mode, to be kept
     before, levels = state(model), []
@@ -195,7 +192,7 @@ def test_a_thousand_prompts_leave_weights_and_modes_bit_for_bit_and_memory_flat(
         if i % 10 == 0:
             list(memdlm.denoise(model, s, x, valid, valid, [i], phi, steps=2))
         if i in (200, 999) and sys.platform == "linux":
-            levels.append(resident())
+            levels.append(soak.resident())
     assert same_state(model, before)
     assert not levels or levels[1] - levels[0] < 20, levels
 

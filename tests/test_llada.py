@@ -495,7 +495,7 @@ def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(n
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
     source = tmp_path / "adapter"
     llada.save_adapter(random_lora(tiny("llada-moe")), source)
-    cases = {"made for other weights|adapts": lambda c, w: None,  # LLaDA2.1 below
+    cases = {"made for another model|adapts": lambda c, w: None,  # LLaDA2.1 below
              "only plain LoRA": lambda c, w: c.update(use_dora=True), "modules_to_save": lambda c, w: c.update(modules_to_save=["lm_head"]),
              "r 0": lambda c, w: c.update(r=0),
              "keys do not fit": lambda c, w: w.pop("base_model.model.model.layers.0.mlp.experts.0.up_proj.lora_A.weight"),

@@ -113,13 +113,12 @@ def plan(size):
                  "lora memdlm, eta 0.01": Run(tuned | lora | dict(inner_lr=0.01), small),
                  "lora memdlm, eta 0.1": Run(tuned | lora | dict(inner_lr=0.1), small),
                  "memdlm from the prompt": Run(tuned | written | dict(memory_from="prompt"), small)}
-        for what, change in (("4 layers", dict(layers=4)), ("3 x steps", dict(steps=3 * size.base))):
-            start = tuned | lora | dict(from_run=f"base, {what}") | {name: x for name, x in change.items() if name == "layers"}
-            runs |= {f"base, {what}": Run(runs["base"].settings | change, ("retrieval",)),
+        for what, layers, steps in (("4 layers", 4, size.base), ("3 x steps", 2, 3 * size.base)):
+            start = tuned | lora | dict(from_run=f"base, {what}", layers=layers)
+            runs |= {f"base, {what}": Run(runs["base"].settings | dict(layers=layers, steps=steps), ("retrieval",)),
                      f"lora mdlm, {what}": Run(start | off, ("retrieval", "nats")),
                      f"lora memdlm, {what}": Run(start, ("retrieval", "nats"))}
-            if what == "4 layers":
-                runs[f"lora mdlm, {what}, lr x 0.5"] = Run(start | off | dict(lr=5e-4), small)
+        runs["lora mdlm, 4 layers, lr x 0.5"] = Run(runs["lora mdlm, 4 layers"].settings | dict(lr=5e-4), small)
         runs |= {f"scratch memdlm, eta {eta:g}": Run(scratch | dict(inner_lr=eta), ("nats_short",))
                  for eta in (0.01, 0.03, 0.1)}
         runs |= {"scratch memdlm, shared, eta 0.1": Run(scratch | dict(per_sample=False, inner_lr=0.1), ("nats",)),
