@@ -10,7 +10,6 @@ What is compared runs interleaved, and medians are shown; on a shared machine on
 """
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import platform
@@ -24,16 +23,19 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import llada
 import memdlm
-import train
+from backbones.backbone import build_network
+from backbones.checkpoint import describe, load_backbone
+from backbones.families import FAMILIES, PUBLISHED, TINY, translate
+from backbones.lora import add_lora, lora_targets
+from backbones.plan import memory_plan, plan_text
 from memdlm import Batch, MemDLM
-from train import FULL, Processes, Settings, add_flags, decoder, make_optimizer, one_line, outer_step
+from runs import build
+from settings import Parser, REAL, Settings, add_flags, names_of, one_line, settings_from_flags
+from train import Processes, make_batch, make_optimizer, outer_step
 
-NAMES = [f for f in Settings.__dataclass_fields__ if f not in (
-    "model", "data", "steps", "epochs", "control", "width", "layers", "heads", "prompt_length", "response_length", "skip_bad",
-    "log_every", "save_every", "sample_every", "table_samples", "eval_every", "eval_samples", "from_adapter", "from_run", "toy_lora",
-    "max_length", "truncate", "split_seed", "eos_loss", "warmup", "memory")]
+NAMES = [name for name in names_of("method", "inner loop", "optimisation", "real models", "loading")
+         if name not in ("memory", "from_adapter", "merge", "warmup")] + ["seed"]
 
 # Middle-sized shapes: small enough for one thread of a CPU, large enough that matrix products decide.
 MIDDLE = dict(hidden_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=4, num_experts=16, num_experts_per_tok=4,
@@ -109,8 +111,8 @@ class Logits(MemDLM):
     """A plain step as it is mostly written: a logit at every position, of which most are then left out."""
 
     def mdlm_step(self, batch, t, xt, masked):
-        h = memdlm.below(self.backbone, self.s, xt, batch.valid)
-        top = memdlm.above(self.backbone, self.s, h, batch.valid, None)
+        h = memdlm.lower_layers(self.backbone, self.s, xt, batch.valid)
+        top = memdlm.upper_layers(self.backbone, self.s, h, batch.valid, None)
         logits = self.backbone.head(top).flatten(0, 1).float()  # [B * L, V]
         nll = F.cross_entropy(logits, batch.x0.flatten().to(h.device), reduction="none").view_as(masked)
         return nll * masked.to(h.device), {}, h
@@ -153,8 +155,8 @@ def floor(case, seed, plain):
     xt, masked = memdlm.corrupt(batch.x0, batch.maskable, t, memdlm.uniform(batch.seeds, "anchor", batch.x0.shape[1]), backbone.mask_id)
     path = memdlm.stages(s, batch.x0, masked, batch.maskable, t, batch.seeds, backbone.mask_id, weighted=True)
     with torch.no_grad():
-        h = memdlm.below(backbone, s, xt, batch.valid)
-        prefix = flops(lambda: memdlm.below(backbone, s, path[0].x, batch.valid))
+        h = memdlm.lower_layers(backbone, s, xt, batch.valid)
+        prefix = flops(lambda: memdlm.lower_layers(backbone, s, path[0].x, batch.valid))
     phi = memdlm.fresh_phi(backbone, s, batch.seeds if s.per_sample else batch.seeds[:1])
     return plain + prefix + flops(lambda: memdlm.inner_loop(backbone, s, path, batch.x0, batch.valid, lambda x: h, phi))
 
@@ -168,7 +170,7 @@ def training(case, repeats, clock):
 
     def forward(seed):
         with torch.no_grad():
-            memdlm.above(case.backbone.eval(), case.s, memdlm.below(case.backbone, case.s, batch.x0, batch.valid), batch.valid, None)
+            memdlm.upper_layers(case.backbone.eval(), case.s, memdlm.lower_layers(case.backbone, case.s, batch.x0, batch.valid), batch.valid, None)
 
     works["forward"] = forward
     works["adapt"] = lambda seed: memdlm.adapt(case.backbone.eval(), case.s, batch.x0, batch.valid, batch.seeds)
@@ -205,12 +207,12 @@ def decoding(case, prompt, new, repeats, clock):
         computed[0] += inputs[0].numel()
 
     def ours(seed):
-        for _ in decoder(backbone)(backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds):
+        for _ in backbone.decoder(backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds):
             pass
 
     def window(seed):  # one token by the whole window, with a block's logits
         with torch.no_grad():
-            h = memdlm.above(backbone, s, memdlm.below(backbone, s, batch.x0, batch.valid), batch.valid, None)
+            h = memdlm.upper_layers(backbone, s, memdlm.lower_layers(backbone, s, batch.x0, batch.valid), batch.valid, None)
             backbone.head(h[:, -min(32, new):])
 
     table = backbone.part("embed") if hasattr(backbone, "part") else backbone.embedding
@@ -232,8 +234,8 @@ def decoding_table(rows):
 
 def batch_of_eight(repeats, clock):
     """The toy, closed book: adapting and decoding 8 prompts at once against one by one."""
-    s = train.recipe({"threads": 1})
-    data, model = train.build(s)
+    s = settings_from_flags({"threads": 1})
+    data, model = build(s)
     column = "64 x1"
 
     def answer(numbers):
@@ -250,19 +252,19 @@ def batch_of_eight(repeats, clock):
 # ---- The table of a CPU -----------------------------------------------------------------------------------------
 
 def middle(name, vocabulary, lora=True):
-    raw = llada.PUBLISHED[name] | MIDDLE[name] | {"vocab_size": vocabulary}
-    backbone = llada.load(raw, random=True, dtype="float32", device="cpu")
+    raw = PUBLISHED[name] | MIDDLE[name] | {"vocab_size": vocabulary}
+    backbone = load_backbone(raw, random=True, dtype="float32", device="cpu")
     if lora:
-        llada.add_lora(backbone, 32, 64.0, 0.05)
+        add_lora(backbone, 32, 64.0, 0.05)
     s = Settings(model=name, batch=2)
     return Case(f"{name}, {vocabulary // 1024}k words", backbone, s,
                 lambda seed: random_batch(vocabulary, backbone.mask_id, s, 512, seed, 0.25))
 
 
 def toy(kind):
-    s = train.recipe({"data": kind, "threads": 1})
-    data, model = train.build(s)
-    return Case(f"toy, {kind}", model.backbone, s, lambda seed: train.make_batch(s, data, seed))
+    s = settings_from_flags({"data": kind, "threads": 1})
+    data, model = build(s)
+    return Case(f"toy, {kind}", model.backbone, s, lambda seed: make_batch(s, data, seed))
 
 
 def show(rows):
@@ -285,7 +287,7 @@ def cpu_table(quick, repeats):
         print(steps[-1]["case"], "measured", flush=True)
     for name in MIDDLE:
         case = middle(name, 8192, lora=False)  # as after merging it
-        in_blocks = decoder(case.backbone) is not memdlm.denoise
+        in_blocks = case.backbone.decoder is not memdlm.denoise
         sizes = [(prompt, 32 if in_blocks else 2) for prompt in (256, 1024, 4096)] + [(1024, 128)] * in_blocks
         for prompt, new in sizes[:2] if quick else sizes:
             decodes.append(decoding(case, prompt, new, 1 if prompt > 1024 else repeats, clock))
@@ -300,33 +302,33 @@ def cpu_table(quick, repeats):
 # ---- The full shapes on a GPU --------------------------------------------------------------------------------------
 
 def full(name, s, length, repeats, tiny, new_tokens):
-    raw = llada.PUBLISHED[name] | (llada.TINY[name] | {"mask_token_id": 301, "eos_token_id": 300} if tiny else {})
-    parts = llada.plan(llada.translate(raw), s, length)
-    print(llada.plan_text(parts))
+    raw = PUBLISHED[name] | (TINY[name] | {"mask_token_id": 301, "eos_token_id": 300} if tiny else {})
+    parts = memory_plan(translate(raw), s, length)
+    print(plan_text(parts))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock, result, box = Clock(device), {"planned": dict(parts), "planned_total": sum(size for _, size in parts)}, {}
 
     def build():
-        box["backbone"] = llada.load(raw, random=True, load_4bit=s.load_4bit, dtype=s.dtype, device=device, attention=s.attention,
+        box["backbone"] = load_backbone(raw, random=True, load_4bit=s.load_4bit, dtype=s.dtype, device=device, attention=s.attention,
                                      checkpointing=s.checkpointing, experts=s.experts)
         if s.lora:
-            llada.add_lora(box["backbone"], s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_scope, s.lora_router, s.lora_dtype)
+            add_lora(box["backbone"], s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_scope, s.lora_router, s.lora_dtype)
         elif not s.load_4bit:
             box["backbone"].requires_grad_(True)
     result["load"] = clock(build)
     backbone = box["backbone"]
-    print(llada.describe(backbone), flush=True)
+    print(describe(backbone), flush=True)
     case = Case(name, backbone, s, lambda seed: random_batch(backbone.config.vocab_size - 64, backbone.mask_id, s, length, seed))
     batch = case.batch(0)
     grown = random_batch(backbone.config.vocab_size - 64, backbone.mask_id, s, length + new_tokens, 0, length / (length + new_tokens))
 
     def decode(seed):
-        for _ in decoder(backbone)(backbone.eval(), s, grown.x0, grown.maskable, grown.valid, grown.seeds):
+        for _ in backbone.decoder(backbone.eval(), s, grown.x0, grown.maskable, grown.valid, grown.seeds):
             pass
 
     def forward(seed):
         with torch.no_grad():
-            memdlm.above(backbone.eval(), s, memdlm.below(backbone, s, batch.x0, batch.valid), batch.valid, None)
+            memdlm.upper_layers(backbone.eval(), s, memdlm.lower_layers(backbone, s, batch.x0, batch.valid), batch.valid, None)
     steps = steps_of(case)
     works = {"plain step": steps["plain"], "MemDLM step": steps["MemDLM"], "forward pass": forward,
              "prompt adaptation": lambda seed: memdlm.adapt(backbone.eval(), s, batch.x0, batch.valid, batch.seeds),
@@ -344,7 +346,7 @@ def forward_flops(c, rows, length):
     """FLOPs of `rows` tokens, in samples of `length`, through one layer and through the head: 2 per weight and token, and attention's
     two products with every key. An adapted matrix adds 2 r (in + out), r = 32."""
     D, q, kv = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim
-    shapes = [(D, q), (D, kv), (D, kv), (q, D)] if c.family != "llada2" else [(D, q + 2 * kv), (q, D)]
+    shapes = [(D, q), (D, kv), (D, kv), (q, D)] if len(FAMILIES[c.family].attention) > 2 else [(D, q + 2 * kv), (q, D)]
     inner = [(c.expert_ffn, c.top_k), (c.shared, 1)] if c.experts else [(c.ffn, 1)]
     attention = sum(2 * a * b + 2 * 32 * (a + b) for a, b in shapes) + 4 * length * q
     routed = sum(k * 3 * (2 * D * f + 2 * 32 * (D + f)) for f, k in inner if f) + 2 * D * c.experts
@@ -355,10 +357,10 @@ def scale():
     """FLOPs of a MemDLM step on the full models, from the rule above, and memory by --plan, at growing lengths."""
     yield ("model", "tokens", "plain TFLOP", "MemDLM TFLOP", "ratio", "s / step at 100 TFLOP/s", "GiB", "24 GB card", "80 GB card")
     for name in ("llada-moe", "llada2.1-mini"):
-        c = llada.translate(llada.PUBLISHED[name])
+        c = translate(PUBLISHED[name])
         extra = dict(optimizer="adamw8bit", lora_dtype="bfloat16") if name == "llada2.1-mini" else {}
         s = Settings(model=name, batch=1, load_4bit=True, **extra)
-        first = memdlm.first_layer(c.layers, s.layer_fraction)
+        first = memdlm.first_fast_layer(c.layers, s.layer_fraction)
         for length in (4096, 8192, 16384, 32768):
             layer, head = forward_flops(c, length, length)
             masked = head * 0.75 * 0.5  # three quarters are response, half of it masked on average
@@ -366,7 +368,7 @@ def scale():
             # below phi a second time.
             plain = (c.layers + first) * layer + masked + c.layers * layer + masked
             stages = first * layer + 2 * (2 * (c.layers - first) * layer) + 2 * masked * (1.25 + 1)  # 1.25: the pre-anchor has more masks
-            size = sum(part for _, part in llada.plan(c, s, length)) / 2**30
+            size = sum(part for _, part in memory_plan(c, s, length)) / 2**30
             yield (name, f"{length:,}", f"{plain / 1e12:.1f}", f"{(plain + stages) / 1e12:.1f}", f"{(plain + stages) / plain:.2f}",
                    f"{(plain + stages) / 1e14:.1f}", f"{size:.1f}", *("fits" if size * 2**30 < room else "no" for room in (24e9, 80e9)))
 
@@ -379,10 +381,10 @@ micro-batches hides it where the link moves that in less than a second."""
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="without a model: fewer cases")
     parser.add_argument("--scale", action="store_true", help="count the full models' work and memory at growing lengths, and stop")
-    parser.add_argument("--model", choices=list(llada.PUBLISHED), help="a full model's shapes, on a GPU")
+    parser.add_argument("--model", choices=list(PUBLISHED), help="a full model's shapes, on a GPU")
     parser.add_argument("--random", action="store_true", help="random weights of the published shapes (the only kind there is yet)")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, for a CPU")
     parser.add_argument("--length", type=int, default=4096, help="tokens per sample [default 4096]")
@@ -410,7 +412,7 @@ def main():
                 raise ValueError("4-bit weights cannot be trained themselves: add --no-load-4bit to --no-lora")
             if not tiny and not torch.cuda.is_available():
                 raise ValueError("the full shapes need a GPU; on a CPU use --tiny, or no --model at all")
-            s = Settings(**{"batch": FULL["batch"], "load_4bit": True, **given, "model": name})
+            s = Settings(**{"batch": REAL["batch"], "load_4bit": True, **given, "model": name})
             if s.threads:
                 torch.set_num_threads(s.threads)
             result = {"model": name, "tiny": tiny, "length": length, **full(name, s, length, repeats, tiny, new)}
@@ -423,10 +425,10 @@ def main():
 
 def adapted(name):
     """The linear layers that get a LoRA, of the published shapes, without their weights."""
-    c = llada.translate(llada.PUBLISHED[name])
+    c = translate(PUBLISHED[name])
     with torch.device("meta"):
-        network = llada.build_network(c)
-    targets = llada.lora_targets(c, "all", False)
+        network = build_network(c)
+    targets = lora_targets(c, "all", False)
     return [m for n, m in network.named_modules() if isinstance(m, torch.nn.Linear) and n.rpartition(".")[2] in targets]
 
 

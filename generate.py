@@ -12,7 +12,6 @@ The settings are those the run was trained with; the flags of the inner loop cha
 """
 from __future__ import annotations
 
-import argparse
 import html
 import json
 import os
@@ -23,14 +22,13 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-import memdlm
-from train import add_flags, decoder, one_line, open_model, write_whole
 
-INNER = ["trajectory", "inner_steps", "inner_lr", "inner_loss", "stage1_target", "pre_scale", "anchor_ratio", "clip",
-         "clip_norm", "layer_fraction", "scope", "rank", "alpha", "closed_book"]
-LOADING = ["load_4bit", "dtype", "attention", "experts", "from_adapter", "merge", "threads"]
-# LLaDA2.x: certainty at which a token is committed, and at which one that stands is replaced.
-MODES = {"plain": (0.95, None), "speed": (0.5, 0.0), "quality": (0.7, 0.5)}
+import memdlm
+from backbones.block_diffusion import MODES
+from data import collate
+from files import write_whole
+from runs import open_model
+from settings import Parser, add_flags, names_of, one_line
 
 
 class Answer(NamedTuple):
@@ -42,7 +40,6 @@ class Answer(NamedTuple):
 
 def answer(s, data, model, samples, use_memory, options):
     """Decode samples together, each with its own phi -> [Answer]. options: keywords of the decoder, and `seed`."""
-    from toy.data import collate
     options = dict(options)
     seed = options.pop("seed")
     batch, phi, losses = collate(samples, [seed] * len(samples), s.closed_book), None, []
@@ -52,7 +49,7 @@ def answer(s, data, model, samples, use_memory, options):
         if record["skipped"]:
             print(f"warning: {int(record['skipped'])} inner steps were not finite and were left out", file=sys.stderr)
     canvases = [batch.x0.masked_fill(batch.maskable, model.backbone.mask_id)]
-    steps = decoder(model.backbone)(model.backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi, **options)
+    steps = model.backbone.decoder(model.backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi, **options)
     for x in tqdm(steps, desc="denoising", unit="step", leave=False, delay=1):
         canvases.append(x)
     label = "with memory of the prompt" if use_memory else "without memory"
@@ -87,8 +84,6 @@ def frame(tokenizer, now, before, fill):
     return [("?" if state == "masked" else piece, state) for piece, state in zip(tokenizer.pieces(now), states)]
 
 
-# ---- In the terminal -----------------------------------------------------------------------------------
-
 COLORS = {"given": "\033[2m", "masked": "\033[90m", "new": "\033[30;43m", "done": "\033[1m"}
 
 
@@ -113,8 +108,6 @@ def play(answers, joiner, delay):
             if live:
                 time.sleep(delay)
 
-
-# ---- As a page -----------------------------------------------------------------------------------------
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>MemDLM denoising</title>
 <style>
@@ -170,12 +163,10 @@ def write_page(path, prompt, answers, joiner, note):
     write_whole(Path(path), lambda aside: aside.write_text(page, encoding="utf-8"))
 
 
-# ---- Command line --------------------------------------------------------------------------------------
-
 def decoding(arguments, model):
     """The decoder's keywords from the flags. A flag that this model's decoder does not have is refused."""
     both = dict(steps=arguments.steps, temperature=arguments.temperature, seed=arguments.seed)
-    if decoder(model.backbone) is memdlm.denoise:
+    if model.backbone.decoder is memdlm.denoise:
         wrong = [name for name in ("mode", "threshold", "edit_threshold") if getattr(arguments, name) is not None]
         other = dict(block_length=arguments.block_length, cfg_scale=arguments.cfg_scale, remasking=arguments.remasking)
     else:
@@ -186,7 +177,7 @@ def decoding(arguments, model):
                      edit_threshold=edit if arguments.edit_threshold is None else arguments.edit_threshold)
     if wrong:
         raise ValueError(f"--{wrong[0].replace('_', '-')} is not for this model, whose decoder is "
-                         f"{decoder(model.backbone).__name__.replace('_', ' ')}")
+                         f"{model.backbone.decoder.__name__.replace('_', ' ')}")
     return both | other
 
 
@@ -250,7 +241,7 @@ def chat(s, data, model, arguments):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--run", type=Path, help="run folder [default the latest]")
     parser.add_argument("--adapt", action="store_true", help="write the prompt into fast weights first")
     parser.add_argument("--prompt", action="append", help="the prompt; give several to decode them as one batch")
@@ -275,9 +266,7 @@ def parse():
     block.add_argument("--edit-threshold", type=float, help="replace a token where another is more probable than this")
     full = parser.add_argument_group("full models without a run")
     full.add_argument("--model", help="a hub id or a folder, in place of --run")
-    add_flags(full, LOADING)
-    inner = parser.add_argument_group("inner loop", "[default: what the run was trained with]")
-    add_flags(inner, INNER)
+    add_flags(parser, names_of("inner loop", "loading") + ["closed_book"])
     return parser.parse_args()
 
 
@@ -290,7 +279,7 @@ def main():
         for name in ("steps", "block_length"):
             if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
-        changes = {name: getattr(arguments, name) for name in LOADING + INNER if hasattr(arguments, name)}
+        changes = {name: getattr(arguments, name) for name in names_of("inner loop", "loading") + ["closed_book"] if hasattr(arguments, name)}
         s, data, model = open_model(arguments.run, arguments.model, changes)
         if arguments.chat:
             return chat(s, data, model, arguments)

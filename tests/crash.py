@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import runs
 import train  # imported once: every run is a fork of this process
 
 EVERY, SAVING = 4, Path("saving")
@@ -30,7 +31,7 @@ FLAGS = ["--model", "toy", "--data", "languages", "--steps", "60", "--batch", "2
 def watch_saves(rng):
     """In this process: a file says when a checkpoint is being written. With rng one of the next ones is not finished: SIGALRM
     ends the process, for nothing handles it."""
-    write, left, took = train.write_whole, [rng.randint(2, 4) if rng else -1], [math.inf]
+    write, left, took = runs.write_whole, [rng.randint(2, 4) if rng else -1], [math.inf]
 
     def watched(path, how):
         if path.name != "model.safetensors":
@@ -43,7 +44,7 @@ def watch_saves(rng):
         write(path, how)
         SAVING.unlink()
         took[0] = min(took[0], time.monotonic() - begin)
-    train.write_whole = watched
+    runs.write_whole = watched
 
 
 def start(*arguments, rng=None):

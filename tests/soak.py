@@ -23,6 +23,7 @@ import torch
 
 import memdlm
 import train
+from runs import build, load_checkpoint, read_settings
 
 STEPS, PROMPTS, BATCH = 100, 1000, 8
 
@@ -38,9 +39,9 @@ def one_round(folder, number):
                 "--table-samples", "8", "--seed", str(number), "--out", str(folder)]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train.main()
-    s = train.read_settings(folder)
-    data, model = train.build(s)
-    train.load(folder, model)
+    s = read_settings(folder)
+    data, model = build(s)
+    load_checkpoint(folder, model)
     backbone = model.backbone.eval()
     before = {name: p.clone() for name, p in backbone.state_dict().items()}
     for start in range(0, PROMPTS, BATCH):

@@ -7,10 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from backbones.checkpoint import load_backbone
+from backbones.lora import add_lora, save_adapter
+from backbones.tiny import write_tiny
+from compare import run_values
+from runs import open_run
+from settings import Settings
 import torch
 from safetensors.torch import load_file
 
 import evaluate
+import memdlm
 import generate
 import train
 
@@ -18,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2", "--log-every", "1",
         "--save-every", "3", "--sample-every", "3", "--table-samples", "3", "--threads", "1"]
 
-FULL_TINY = ["--sample-every", "0", "--eval-every", "0", "--accumulate", "1", "--steps", "2", "--table-samples", "0"]
+REAL_TINY = ["--sample-every", "0", "--eval-every", "0", "--accumulate", "1", "--steps", "2", "--table-samples", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +150,7 @@ def test_a_second_run_does_not_overwrite_the_first(cli, tmp_path):
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    s = train.Settings(steps=100, lr=1.0)
+    s = Settings(steps=100, lr=1.0)
     rates = [train.learning_rate(s, step) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and rates[-1] < 1e-3
 
@@ -216,13 +223,13 @@ def test_evaluate_groups_seeds_and_writes_numbers(cli, tmp_path):
 def test_evaluate_measures_what_a_loop_over_samples_measures(trained, monkeypatch):
     """nats: one sample at a time, masks drawn again, theta alone."""
     monkeypatch.chdir(trained)
-    s, data, model = train.open_run("runs/bytes")
-    _, _, values, _ = evaluate.run_values(Path("runs/bytes"), 3, None)
+    s, data, model = open_run("runs/bytes")
+    _, _, values, _ = run_values(Path("runs/bytes"), 3, None)
     batch = data.tests("24", range(3), False)
     for i in range(3):
         x, maskable = batch.x0[i], batch.maskable[i]
-        t = evaluate.memdlm.uniform([batch.seeds[i]], "t", 1)[0, 0]
-        u = evaluate.memdlm.uniform([batch.seeds[i]], "anchor", len(x))[0]
+        t = memdlm.uniform([batch.seeds[i]], "t", 1)[0, 0]
+        u = memdlm.uniform([batch.seeds[i]], "anchor", len(x))[0]
         hidden = [j for j in range(len(x)) if maskable[j] and u[j] < t]
         hidden = hidden or [min((j for j in range(len(x)) if maskable[j]), key=lambda j: u[j])]
         seen = x.clone()
@@ -335,7 +342,7 @@ def readme_commands():
     """Every python line in the README's code blocks."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    found = [re.search(r"(?:python|accelerate launch) (?:train|generate|evaluate|bench|llada)\.py.*", line) for line in lines]
+    found = [re.search(r"(?:python|accelerate launch) (?:train|generate|evaluate|bench)\.py.*", line) for line in lines]
     commands = dict.fromkeys(match[0].replace("accelerate launch", "python") for match in found if match)
     quick = ("python train.py --model toy", "python generate.py --adapt")
     return [pytest.param(c, marks=[] if c in quick else [pytest.mark.slow]) for c in commands]
@@ -343,10 +350,9 @@ def readme_commands():
 
 def tiny_folder(root, name):
     """A tiny checkpoint that stands for the published model of this name."""
-    import llada
     kind = "llada2.1-mini" if "2.1" in name else "llada-moe" if "MoE" in name or "moe" in name else "llada-8b"
     if not (root / name).exists():
-        llada.write_tiny(kind, root / name)
+        write_tiny(kind, root / name)
     return name
 
 
@@ -356,11 +362,10 @@ def llada_names():
 
 def make_adapter(root, arguments):
     """A random adapter for the model of these arguments, under the name that they give."""
-    import llada
     model, name = (arguments[arguments.index(flag) + 1] for flag in ("--model", "--from-adapter"))
-    backbone = llada.load(str(root / model))
+    backbone = load_backbone(str(root / model))
     backbone.name = model
-    llada.save_adapter(llada.add_lora(backbone, 4, 8.0, 0.0), root / name)
+    save_adapter(add_lora(backbone, 4, 8.0, 0.0), root / name)
 
 
 @pytest.mark.parametrize("command", readme_commands())
@@ -372,10 +377,10 @@ def test_the_commands_of_the_readme_run(command, trained, tmp_path):
     (tmp_path / "notes.txt").write_text("fox ruby owl jade")
     small = {"train.py": [*TINY, "--table-samples", "0"], "generate.py": [],
              "evaluate.py": [] if {"--paper", "--tasks"} & {*arguments} else ["--samples", "3"],
-             "bench.py": ["--tiny", "--length", "64", "--repeats", "1", "--new-tokens", "4"], "llada.py": []}[script]
+             "bench.py": ["--tiny", "--length", "64", "--repeats", "1", "--new-tokens", "4"]}[script]
     if "--tasks" not in arguments and "--model" in arguments and arguments[arguments.index("--model") + 1] not in ("toy", *llada_names()):
         arguments[arguments.index("--model") + 1] = tiny_folder(tmp_path, arguments[arguments.index("--model") + 1])
-        small = ["--length", "8"] if script == "generate.py" else [*small, *FULL_TINY]
+        small = ["--length", "8"] if script == "generate.py" else [*small, *REAL_TINY]
         if script == "train.py" and "--data" not in arguments:
             arguments += ["--data", "my.jsonl"]
         if "--from-adapter" in arguments:
@@ -384,8 +389,8 @@ def test_the_commands_of_the_readme_run(command, trained, tmp_path):
         return  # needs the hub's data, an hour or minutes: in tiny in test_harness.py, test_paper.py and test_full.py
     elif "runs/tiny-llada-moe-pairs" in arguments:
         subprocess.run([sys.executable, ROOT / "train.py", "--model", tiny_folder(tmp_path, "tiny-llada-moe"), "--data", "tiny-llada-moe/pairs.jsonl",
-                        *TINY, *FULL_TINY], cwd=tmp_path, check=True, capture_output=True)
-    elif script in ("bench.py", "llada.py") or "--plan" in arguments:
+                        *TINY, *REAL_TINY], cwd=tmp_path, check=True, capture_output=True)
+    elif script == "bench.py" or "--plan" in arguments:
         small = small if script == "bench.py" else []
     elif script != "train.py" or "--resume" in arguments:
         (tmp_path / "runs").symlink_to(trained / "runs")
@@ -405,6 +410,6 @@ def test_the_commands_of_the_readme_run(command, trained, tmp_path):
 def test_closed_book_memory_is_learned(cli, tmp_path):
     """The claim of the first screen, at a tenth of its size: only phi of its own prompt answers."""
     cli(train, "--steps", "200", "--lr", "4e-3", "--no-control", "--out", "r", "--sample-every", "0")
-    _, _, values, roles = evaluate.run_values(tmp_path / "r", 100, None)
+    _, _, values, roles = run_values(tmp_path / "r", 100, None)
     score = {role: values[label, "16 x2"].mean().item() for role, label in roles.items()}
     assert score["own"] > 0.4 and score["other"] < 0.1 and score["alone"] < 0.1, score

@@ -4,7 +4,7 @@ import json
 import os
 import random
 import signal
-import string
+
 import sys
 import time
 from dataclasses import asdict, fields, replace
@@ -16,7 +16,12 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 from safetensors.torch import load_file, save, save_file
 
 import generate
-import llada
+from backbones.checkpoint import load_backbone
+from backbones.families import PUBLISHED, translate
+from backbones.lora import add_lora, lora_weights, read_adapter, save_adapter
+from backbones.tiny import write_tiny
+from runs import build, load_checkpoint, read_settings
+from settings import Settings
 import memdlm
 import train
 from toy import text
@@ -165,7 +170,7 @@ def test_two_memories_on_one_model_do_not_know_each_other():
                 memdlm.Settings(inner_lr=0.5, adapter="full", layer_fraction=1.0, scope="ffn+attn"))
     first, second = (memdlm.adapt(model, s, x, valid, [0])[0] for s in (one, two))
     def out(s, phi):
-        return memdlm.above(model, s, memdlm.below(model, s, x, valid), valid, phi)
+        return memdlm.upper_layers(model, s, memdlm.lower_layers(model, s, x, valid), valid, phi)
     plain, with_first, with_second = out(one, None), out(one, first), out(two, second)
     assert not torch.equal(plain, with_first) and not torch.equal(with_first, with_second)
     assert torch.equal(out(one, first), with_first) and torch.equal(out(two, None), plain)
@@ -301,7 +306,7 @@ def test_fuzz_the_data_reader(tmp_path):
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub") / "m"
-    llada.write_tiny("llada-moe", folder)
+    write_tiny("llada-moe", folder)
     return folder
 
 
@@ -311,7 +316,7 @@ ODD = [None, True, -1, 0, 1, 3, 10**9, 10**30, 1e400, 0.5, "a", "", [], {}, [1],
 
 def test_fuzz_the_translation_of_a_config():
     """Fields replaced by something odd, up to three at a time: translated within bounds, or refused in one line."""
-    rng, good = random.Random(1), [raw | {"mask_token_id": 5, "eos_token_id": 6} for raw in llada.PUBLISHED.values()]
+    rng, good = random.Random(1), [raw | {"mask_token_id": 5, "eos_token_id": 6} for raw in PUBLISHED.values()]
     taken = 0
     for i in range(MANY):
         raw = dict(good[i % len(good)])
@@ -321,7 +326,7 @@ def test_fuzz_the_translation_of_a_config():
             else:
                 raw[name] = rng.choice(ODD)
         try:
-            config = llada.translate(raw)
+            config = translate(raw)
         except ValueError as error:
             assert "\n" not in str(error) and len(str(error)) < 500
             continue
@@ -333,11 +338,11 @@ def test_fuzz_the_translation_of_a_config():
 
 def test_fuzz_adapters(tmp_path, hub):
     """Damaged adapters: loaded with finite weights of the right shape, or refused in one line."""
-    backbone = llada.load(str(hub))
-    llada.add_lora(backbone, 8, 16.0, 0.0, scope="attention")
-    llada.save_adapter(backbone, tmp_path / "a")
+    backbone = load_backbone(str(hub))
+    add_lora(backbone, 8, 16.0, 0.0, scope="attention")
+    save_adapter(backbone, tmp_path / "a")
     parts = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir() if path.suffix in (".json", ".safetensors")}
-    rng, loaded, shapes = random.Random(2), 0, {key: p.shape for key, p in llada.lora_weights(backbone).items()}
+    rng, loaded, shapes = random.Random(2), 0, {key: p.shape for key, p in lora_weights(backbone).items()}
     for i in range(MANY // 2):
         for name, data in parts.items():
             if name.endswith("json"):
@@ -347,7 +352,7 @@ def test_fuzz_adapters(tmp_path, hub):
                 data = mutate(data[:size], rng) + data[size:] if i % 3 else data
             (tmp_path / "a" / name).write_bytes(data)
         try:
-            raw, tensors = llada.read_adapter(str(tmp_path / "a"), "m")
+            raw, tensors = read_adapter(str(tmp_path / "a"), "m")
         except ValueError as error:
             assert "\n" not in str(error)
             continue
@@ -361,7 +366,7 @@ def test_fuzz_adapters(tmp_path, hub):
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, tmp_path / "a/adapter_model.safetensors")
     with pytest.raises(ValueError, match="not finite"):
-        llada.read_adapter(str(tmp_path / "a"), "m")
+        read_adapter(str(tmp_path / "a"), "m")
 
 
 def test_fuzz_checkpoints_of_runs(cli, tmp_path):
@@ -370,12 +375,12 @@ def test_fuzz_checkpoints_of_runs(cli, tmp_path):
     path, rng, loaded = tmp_path / "r/model.safetensors", random.Random(3), 0
     whole = path.read_bytes()
     size = 8 + int.from_bytes(whole[:8], "little")
-    s = train.read_settings(tmp_path / "r")
+    s = read_settings(tmp_path / "r")
     for i in range(MANY // 4):
         path.write_bytes(mutate(whole[:size], rng) + whole[size:] if i % 3 else mutate(whole, rng))
-        _, model = train.build(s)
+        _, model = build(s)
         try:
-            step = train.load(tmp_path / "r", model)
+            step = load_checkpoint(tmp_path / "r", model)
         except ValueError as error:
             assert "\n" not in str(error) and "model.safetensors" in str(error)
             continue
@@ -385,14 +390,14 @@ def test_fuzz_checkpoints_of_runs(cli, tmp_path):
 
 
 @hypothesis_settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.dictionaries(st.sampled_from([f.name for f in fields(train.Settings)] + ["__class__", "nonsense"]),
+@given(st.dictionaries(st.sampled_from([f.name for f in fields(Settings)] + ["__class__", "nonsense"]),
                        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
                                  st.lists(st.integers(), max_size=2))))
 def test_settings_of_a_strange_run_are_sound_or_refused(tmp_path_factory, values):
     folder = tmp_path_factory.mktemp("r")
-    (folder / "settings.json").write_text(json.dumps(asdict(train.Settings()) | values))
+    (folder / "settings.json").write_text(json.dumps(asdict(Settings()) | values))
     try:
-        s = train.read_settings(folder)
+        s = read_settings(folder)
     except ValueError as error:
         assert "\n" not in str(error)
         return
@@ -406,12 +411,12 @@ def test_bombs_are_refused_before_anything_is_built(cli, tmp_path, hub):
     for values in ({"width": 10**9}, {"layers": 10**9}, {"prompt_length": 10**12}, {"heads": 10**9}, {"lr": 1e300},
                    {"batch": 10**10}):
         (tmp_path / "r").mkdir(exist_ok=True)
-        (tmp_path / "r/settings.json").write_text(json.dumps(asdict(train.Settings()) | values))
+        (tmp_path / "r/settings.json").write_text(json.dumps(asdict(Settings()) | values))
         assert "must lie between" in refused(cli(generate, "--run", "r"))
     raw = json.loads((hub / "config.json").read_text())
     for values in ({"num_hidden_layers": 10**9}, {"vocab_size": 10**12}, {"num_experts": 10**9}):
         with pytest.raises(ValueError, match=next(iter(values))):
-            llada.translate(raw | values)
+            translate(raw | values)
 
 
 def test_weights_that_are_not_numbers_are_refused_by_name(tmp_path, hub):
@@ -423,7 +428,7 @@ def test_weights_that_are_not_numbers_are_refused_by_name(tmp_path, hub):
     tensors[name][0, 0] = float("inf")
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ValueError, match=f"{name} holds numbers that are not finite".replace(".", r"\.")):
-        llada.load(str(tmp_path / "m"))
+        load_backbone(str(tmp_path / "m"))
 
 
 def test_pickles_and_code_in_a_folder_are_not_touched(cli, tmp_path):

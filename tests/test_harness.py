@@ -9,12 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from data import Sample
 import torch
 from test_cli import TINY, refused
 
 import evaluate
 import generate
-import llada
+from backbones.tiny import write_tiny
+from paper.harness import harness, read_scores, task_metadata
+from paper.tables import print_tables
 import memdlm
 import train
 
@@ -29,7 +32,7 @@ def place(tmp_path_factory):
     subprocess.run([sys.executable, ROOT / "train.py", *TINY, "--data", "python", "--prompt-length", "24", "--response-length", "8",
                     "--no-control", "--table-samples", "0", "--out", "run"], cwd=root, check=True, capture_output=True)
     for name in ("llada-moe", "llada2.1-mini"):
-        llada.write_tiny(name, root / name)
+        write_tiny(name, root / name)
     people = [{"input": f"{name} went to the {place}. Bo slept.", "question": f"Where is {name}?", "target": place}
               for name, place in (("Ann", "hall"), ("Mary", "office"), ("John", "yard"), ("Eve", "attic"))]
     questions = [{"context": "What is red ? color\nWho is Bo ? person", "question": "Who is Ann ?", "answers": ["person"],
@@ -51,7 +54,7 @@ def local_data(folder, splits):
 
 def asked(place, which="llada-moe", **options):
     where = {"run": str(place / "run")} if which == "run" else {"model": str(place / which), "rank": 4, "alpha": 8.0}
-    return evaluate.harness()(**where, **options)
+    return harness()(**where, **options)
 
 
 def requests(*arguments):
@@ -71,7 +74,7 @@ def test_a_batch_of_requests_is_answered_like_each_alone(place, which, adapt):
     model.batch = 1
     assert together == model.generate_until(jobs, disable_tqdm=True)
     ids = model.tokenizer.encode(CONTEXTS[2])
-    sample = evaluate.Sample(ids, [0] * 9, [True] * 9)
+    sample = Sample(ids, [0] * 9, [True] * 9)
     options = {"seed": "0 2"} | ({"threshold": 0.95} if which == "llada2.1-mini" else {})
     own, = generate.answer(model.s, model.data, model.model, [sample], adapt, options)
     assert own.text == together[2]
@@ -161,14 +164,14 @@ def test_ruler_reports_lengths_that_it_did_not_measure_and_these_are_left_out():
     results = {"results": {"ruler_vt": {"alias": "x", "sample_len": 2, "1024,none": 0.4, "1024_stderr,none": "N/A", "4096,none": -1},
                            "babilong_qa1": {"acc,none": 0.5, "acc_stderr,none": 0.1}},
                "n-samples": {"ruler_vt": {"effective": 5, "original": 500}}}
-    assert evaluate.read_scores(results, 1024) == [{"task": "ruler_vt", "metric": "1024", "value": 0.4, "samples": 5},
+    assert read_scores(results, 1024) == [{"task": "ruler_vt", "metric": "1024", "value": 0.4, "samples": 5},
                                                    {"task": "babilong_qa1", "metric": "acc", "value": 0.5, "samples": None}]
 
 
 def test_each_family_is_told_its_length_in_its_own_way():
-    assert evaluate.task_metadata("niah_multivalue", 4096, "t") == {"max_seq_lengths": [4096], "tokenizer": "t"}
-    assert evaluate.task_metadata("babilong_longctx", 32768, "t") == {"max_seq_lengths": "32k"}
-    assert evaluate.task_metadata("longbench_trec", 4096, "t") == {}
+    assert task_metadata("niah_multivalue", 4096, "t") == {"max_seq_lengths": [4096], "tokenizer": "t"}
+    assert task_metadata("babilong_longctx", 32768, "t") == {"max_seq_lengths": "32k"}
+    assert task_metadata("longbench_trec", 4096, "t") == {}
 
 
 @pytest.mark.slow
@@ -182,17 +185,31 @@ def test_chat_template_and_refusals(place, cli):
     assert "train on bytes: --data python" in refused(cli(evaluate, "words", "--tasks", "babilong_qa1"))
     code, _, err = cli(evaluate, place / "run", "--tasks", "no_such_task")  # the harness warns of its own first
     assert code == 2 and "error: lm-evaluation-harness has no task 'no_such_task'" in err
-    assert "one run or one --model" in refused(cli(evaluate, place / "run", place / "run", "--tasks", "babilong_qa1"))
+    assert "unrecognized arguments" in refused(cli(evaluate, place / "run", place / "run", "--tasks", "babilong_qa1"))
 
 
-@pytest.mark.parametrize("line, says", [
-    ("--limit 3", "--limit is not for the table"), ("--adapt", "--adapt is not for the table"), ("--load-4bit", "not for the table"),
-    ("--exposure --inner-lr 0.1", "--inner-lr is not for --exposure"), ("--exposure --picture p", "--picture is not for --exposure"),
-    ("--tasks x --exposure", "--exposure is not for --tasks"), ("--tasks x --samples 5", "--samples is not for --tasks"),
-    ("--paper toy --tasks x", "--paper is not for --tasks"), ("--paper runs/a --quick", "--quick is not for --paper"),
-    ("--seeds 3", "--seeds is not for the table"), ("r --paper", "a run is not for --paper")])
-def test_a_flag_that_would_do_nothing_is_refused(cli, line, says):
-    assert says in refused(cli(evaluate, *line.split()))
+@pytest.mark.parametrize("line, command, flag", [
+    ("--limit 3", "compare", "--limit"), ("--adapt", "compare", "--adapt"),
+    ("compare --load-4bit", "compare", "--load-4bit"), ("--seeds 3", "compare", "--seeds"),
+    ("--exposure --inner-lr 0.1", "exposure", "--inner-lr"),
+    ("exposure --picture p", "exposure", "--picture"),
+    ("--tasks x --exposure", "tasks", "--exposure"), ("tasks x --samples 5", "tasks", "--samples"),
+    ("--paper toy --tasks x", "tasks", "--paper"), ("paper runs/a --quick", "paper", "--quick"),
+    ("tasks x run another", "tasks", "another"), ("claims --limit 3", "claims", "--limit")])
+def test_a_flag_that_would_do_nothing_is_refused(cli, line, command, flag):
+    message = refused(cli(evaluate, *line.split()))
+    assert f"unrecognized arguments: {flag}" in message and f"evaluate.py {command} --help" in message
+
+
+@pytest.mark.parametrize("old, new", [
+    ("", "compare"), ("runs/a runs/b --samples 5", "compare runs/a runs/b --samples 5"),
+    ("runs/a --exposure --out x", "exposure runs/a --out x"), ("--paper", "paper"),
+    ("--paper scores", "paper scores"), ("--paper toy --quick", "claims --quick"),
+    ("--tasks a,b runs/a --adapt", "tasks a,b runs/a --adapt"),
+    ("runs/a --adapt --tasks a,b", "tasks a,b runs/a --adapt"),
+    ("--tasks=a,b --limit 3", "tasks a,b --limit 3"), ("claims --quick", "claims --quick")])
+def test_old_spellings_go_on_working(old, new):
+    assert evaluate.new_spelling(old.split()) == new.split()
 
 
 def test_the_papers_tables_with_ours_beside_them(tmp_path, capsys):
@@ -203,7 +220,7 @@ def test_the_papers_tables_with_ours_beside_them(tmp_path, capsys):
             score | {"memory": True, "adapt": True, "value": 0.99, "other": {"inner_lr": 0.3}}]  # another eta: not the paper's row
     (tmp_path / "a").mkdir()
     (tmp_path / "a/scores.json").write_text(json.dumps(rows))
-    evaluate.paper_tables(tmp_path)
+    print_tables(tmp_path)
     out = capsys.readouterr().out.splitlines()
     cells = lambda start: next(line for line in out if line.startswith(f"| {start} |")).split(" | ")
     assert cells("MDLM")[3] == "99.40 / 50.00" and cells("train-only")[3] == "99.52 / -"

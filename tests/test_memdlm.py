@@ -15,6 +15,7 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 from torch import nn
 
 import memdlm
+from backbones import backbone
 from memdlm import Batch, MemDLM, Settings
 from toy.model import ToyConfig, ToyDLM
 
@@ -53,8 +54,13 @@ class Watched(ToyDLM):
         return super().head(h)
 
 
-def toy(layers=2, seed=0):
-    model = Watched(ToyConfig(V, MASK, width=16, layers=layers, heads=2, ffn=12), seed).watch()
+class Chunked(Watched):
+    """With few logits at a time, as the real backbones have them."""
+    per_row = backbone.Backbone.per_row
+
+
+def toy(layers=2, seed=0, kind=Watched):
+    model = kind(ToyConfig(V, MASK, width=16, layers=layers, heads=2, ffn=12), seed).watch()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in model.parameters():  # no two numbers alike, in the norms neither
@@ -228,7 +234,7 @@ def write(model, s, batch):
     t = s.min_t + (1 - s.min_t) * memdlm.uniform(batch.seeds, "t", 1)[:, 0]
     u = memdlm.uniform(batch.seeds, "anchor", batch.x0.shape[1])
     xt, masked = memdlm.corrupt(batch.x0, batch.maskable, t, u, MASK)
-    h = memdlm.below(model, s, xt, batch.valid).detach()
+    h = memdlm.lower_layers(model, s, xt, batch.valid).detach()
     return memdlm.write_from_response(model, s, batch, t, xt, masked, h)
 
 
@@ -254,8 +260,8 @@ class TwoLinear(nn.Module):
             h = layer(h)
         return h
 
-    def head(self, h):
-        return h @ self.U.T
+    def per_row(self, f, h, *rest):
+        return f(lambda h: h @ self.U.T, h, *rest)
 
     def matrices(self, first, scope):
         return {str(i): self.w[i] for i in range(first, 2)}
@@ -356,7 +362,7 @@ def test_fast_weights_at_zero_change_no_bit_and_otherwise_act_as_merged(adapter,
     model, s, batch = toy(), settings(adapter=adapter, scope="ffn+attn", layer_fraction=1.0), batch_of()
     phi = memdlm.fresh_phi(model, s, SEEDS[:groups])
     h = model.embed(batch.x0)
-    run = lambda phi: memdlm.above(model, s, h, batch.valid, phi)
+    run = lambda phi: memdlm.upper_layers(model, s, h, batch.valid, phi)
     assert torch.equal(run(phi), run(None))
     phi = {name: tuple(w + 0.1 * memdlm.uniform(range(groups), name, *w.shape[1:]) for w in pair)
            for name, pair in phi.items()}
@@ -566,7 +572,7 @@ def test_phi_0_is_seeded_kaiming_uniform_times_zero():
                                                      (16, 0.25, 12), (20, 0.5, 10), (2, 0.1, 1), (1, 0.1, 0),
                                                      (4, 1.0, 0), (4, 0.1, 3), (4, 0.3, 2), (4, 0.0, 3)])
 def test_fast_weights_sit_in_the_last_share_of_the_layers(layers, fraction, first):
-    assert memdlm.first_layer(layers, fraction) == first
+    assert memdlm.first_fast_layer(layers, fraction) == first
 
 
 # ---- 7. No trace ----------------------------------------------------------------------------------------
@@ -636,7 +642,7 @@ def test_matrices_that_the_forward_pass_skips():
 def test_a_phi_for_another_number_of_rows_is_refused():
     model, s, batch = toy(), settings(), batch_of()
     with pytest.raises(ValueError, match="2 samples"):
-        memdlm.above(model, s, model.embed(batch.x0), batch.valid, memdlm.fresh_phi(model, s, SEEDS[:2]))
+        memdlm.upper_layers(model, s, model.embed(batch.x0), batch.valid, memdlm.fresh_phi(model, s, SEEDS[:2]))
     assert hooks(model) == 0
 
 
@@ -701,9 +707,9 @@ def test_the_anchor_prefix_is_computed_once_and_the_head_sees_masked_rows_only()
 def test_logits_in_chunks_change_nothing_but_how_many_are_held(kind, monkeypatch):
     """Loss, phi and the outer gradient with two rows of logits at a time, as with all at once."""
     s, results = settings(inner_loss=kind, per_sample=True), []
-    for limit in (memdlm.LOGITS, 2 * V):
-        monkeypatch.setattr(memdlm, "LOGITS", limit)
-        model = toy()
+    for limit in (backbone.LOGITS, 2 * V):
+        monkeypatch.setattr(backbone, "LOGITS", limit)
+        model = toy(kind=Chunked)
         loss, record = MemDLM(model, s)(batch_of(), True)
         results.append([loss, record["inner"], record["loss_without"], *gradients(loss, model)])
         assert limit > 2 * V or max(model.heads) <= 2
@@ -716,37 +722,37 @@ def test_logits_in_chunks_change_nothing_but_how_many_are_held(kind, monkeypatch
 @pytest.mark.parametrize("kind", list(memdlm.INNER_LOSSES))
 def test_row_gradients_taken_early_are_those_of_autograd(kind, monkeypatch):
     """Under a head that is not trained: two rows of logits at a time, each computed once and none kept."""
-    monkeypatch.setattr(memdlm, "LOGITS", 16 * 2 * V)  # on a CPU a sixteenth of it
-    model, generator = toy().double(), torch.Generator().manual_seed(5)
+    monkeypatch.setattr(backbone, "LOGITS", 16 * 2 * V)  # on a CPU a sixteenth of it
+    model, generator = toy(kind=Chunked).double(), torch.Generator().manual_seed(5)
     for module in (model.norm, model.lm_head):
         module.requires_grad_(False)
     h = torch.randn(7, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     rest = [torch.randint(2, V, (7,), generator=generator)]
     rest += [torch.randn(7, 16, generator=generator, dtype=torch.float64)] * (kind != "ce")
     factor, loss = torch.rand(7, generator=generator, dtype=torch.float64), memdlm.INNER_LOSSES[kind]
-    plain, = torch.autograd.grad((factor * loss(model, h, *rest)).sum(), h)
+    plain, = torch.autograd.grad((factor * loss(model.head, h, *rest)).sum(), h)
     model.watch()
-    out = memdlm.by_rows(loss, model, h, *rest)
+    out = model.per_row(loss, h, *rest)
     assert [[kept.shape for kept in part.saved_tensors] for part, _ in out.grad_fn.next_functions] == [[(2, 16)]] * 3 + [[(1, 16)]]
     early, = torch.autograd.grad((factor * out).sum(), h)
     assert sum(model.heads) == {"ce": 7, "kl": 14, "reverse_kl": 14}.get(kind, 0) and max(model.heads, default=0) <= 2
-    torch.testing.assert_close(out, loss(model, h, *rest))
+    torch.testing.assert_close(out, loss(model.head, h, *rest))
     torch.testing.assert_close(early, plain, rtol=1e-5, atol=1e-7)  # the losses are float32
 
 
 def test_rows_of_several_samples_in_one_input_get_each_their_own_phi():
-    """An expert's input [N, in]: `groups` rows of each sample, one after another, some of none."""
+    """An expert's input [N, in]: `rows_per_sample` rows of each sample, one after another, some of none."""
     expert, generator = nn.Linear(3, 2, bias=False), torch.Generator().manual_seed(0)
     x, A, B = (torch.randn(shape, generator=generator) for shape in ((6, 3), (4, 5, 3), (4, 2, 5)))
-    expert.groups = [2, 0, 3, 1]
-    out = memdlm.per_sample(memdlm.low_rank, expert, x, (A, B))
+    expert.rows_per_sample = [2, 0, 3, 1]
+    out = memdlm.per_sample_product(memdlm.low_rank, expert, x, (A, B))
     for row, sample in enumerate([0, 0, 2, 2, 2, 3]):
         torch.testing.assert_close(out[row], B[sample] @ (A[sample] @ x[row]))
     delta = torch.randn(4, 2, 3, generator=generator)
-    out = memdlm.per_sample(memdlm.full_rank, expert, x, (delta,))
+    out = memdlm.per_sample_product(memdlm.full_rank, expert, x, (delta,))
     torch.testing.assert_close(out[5], delta[3] @ x[5])
     with pytest.raises(ValueError, match="phi is for 2 samples, the input has 4"):
-        memdlm.per_sample(memdlm.low_rank, expert, x, (A[:2], B[:2]))
+        memdlm.per_sample_product(memdlm.low_rank, expert, x, (A[:2], B[:2]))
 
 
 # ---- 10. Decoding ---------------------------------------------------------------------------------------
@@ -766,8 +772,8 @@ class Table(nn.Module):
     def blocks(self, h, valid, start, stop, need=None):
         return h
 
-    def head(self, h):
-        return h[:, :-1] @ self.table + h[:, -1:] * self.shift
+    def per_row(self, f, h, *rest):
+        return f(lambda h: h[:, :-1] @ self.table + h[:, -1:] * self.shift, h, *rest)
 
     def matrices(self, first, scope):
         return {}
@@ -886,7 +892,7 @@ def test_guidance_moves_away_from_the_blind_logits():
     logits, shift, x = table(6), 3 * table(1, seed=1)[0], torch.tensor([[4, 5, MASK, 7, MASK, 1]])
     model, where, given_ = Table(logits, shift), x == MASK, torch.tensor([[True, True, False, False, False, False]])
     seen, blind = (model.embed(ids)[where] for ids in (x, torch.where(given_, MASK, x)))
-    tokens, probability = memdlm.choose(model, seen, blind, cfg_scale=1.5)
+    tokens, probability = memdlm.pick_tokens(model, seen, blind, cfg_scale=1.5)
     expected = ((logits - 1.5 * shift)[[2, 4]]).double()
     expected[:, MASK] = -math.inf
     assert torch.equal(tokens, expected.argmax(-1)) and not torch.equal(tokens, logits[[2, 4], :MASK].argmax(-1))

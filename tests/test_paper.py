@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import evaluate
-from toy import paper
-from toy.claims import T95, claims, judged, paired, summary, verdict
-from toy.report import FAR, PAPER, page, report
+from paper import runs as paper
+from paper.claims import T95, claims, judged, paired, summary, verdict
+from paper.report import FAR, PAPER, page, report
 
 TINY = paper.Size(2, 2, 2, 2, 2, 3, (20, 24, 32, 40), True)
 
@@ -92,22 +92,22 @@ def test_every_run_that_a_claim_or_table_names_is_in_the_plan():
 def test_runs_are_done_once_and_again_only_if_they_would_differ(tmp_path):
     def times():
         return {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.rglob("measures.json")}
-    first = paper.work_all(TINY, tmp_path, 1, 1, ["base", "mdlm, half the steps"])
+    first = paper.run_all(TINY, tmp_path, 1, 1, ["base", "mdlm, half the steps"])
     before = times()
     assert set(before) == {"base", "mdlm, half the steps"}
-    again = paper.work_all(TINY, tmp_path, 1, 1, ["base", "mdlm, half the steps"])
+    again = paper.run_all(TINY, tmp_path, 1, 1, ["base", "mdlm, half the steps"])
     assert times() == before and again == first
     (tmp_path / "0" / "mdlm, half the steps" / "measures.json").unlink()  # as if it had been cut off while measuring
-    assert paper.work_all(TINY, tmp_path, 1, 1, ["base", "mdlm, half the steps"]) == first
+    assert paper.run_all(TINY, tmp_path, 1, 1, ["base", "mdlm, half the steps"]) == first
     assert times()["base"] == before["base"]
-    paper.work_all(TINY._replace(tuned=6), tmp_path, 1, 1, ["base", "mdlm, half the steps"])
+    paper.run_all(TINY._replace(tuned=6), tmp_path, 1, 1, ["base", "mdlm, half the steps"])
     assert times()["base"] == before["base"] and times() != before
 
 
 def test_a_run_that_diverges_is_recorded_and_not_counted(tmp_path):
     s = paper.settings_of(paper.Run(dict(data="languages", memory=False, steps=3, lr=1e30, warmup=0.0), ()), 0, tmp_path)
-    paper.work(s, ("nats",), tmp_path / "0" / "x", TINY)
-    saved = paper.done(tmp_path / "0" / "x", s)
+    paper.train_and_measure(s, ("nats",), tmp_path / "0" / "x", TINY)
+    saved = paper.finished_measures(tmp_path / "0" / "x", s)
     assert saved == {"diverged": 1.0} and "not finite" in (tmp_path / "0" / "x" / "log.txt").read_text()
 
 
@@ -121,7 +121,7 @@ def test_page_escapes_everything():
 @pytest.mark.slow
 def test_the_whole_thing_in_tiny(tmp_path, capsys):
     """All runs with a few steps: every claim and every table cell gets its number, and the report holds them."""
-    results = paper.work_all(TINY, tmp_path, 2, 2)
+    results = paper.run_all(TINY, tmp_path, 2, 2)
     rows = judged(results)
     assert [row["claim"] for row in rows if "mean" not in row] == []
     where = report(results, TINY, tmp_path / "out")

@@ -17,7 +17,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import llada
+from backbones.backbone import Backbone, build_network
+from backbones.block_diffusion import block_diffusion
+from backbones.checkpoint import load_weights
+from backbones.families import translate
+from backbones.lora import add_lora, lora_weights
 import memdlm
 from memdlm import Batch, MemDLM, Settings, Stage
 
@@ -67,18 +71,18 @@ def backbone_of(family, lora=False):
         assert weights[name].shape == shape, name
         return weights[name]
 
-    config = llada.translate(raw)
+    config = translate(raw)
     with torch.device("meta"):
-        network = llada.build_network(config)
-    llada.load_weights(network, tensor, torch.float32, "cpu")
+        network = build_network(config)
+    load_weights(network, tensor, torch.float32, "cpu")
     assert used == weights.keys(), "a recorded weight has no place"
-    backbone = llada.Backbone(network, config)
+    backbone = Backbone(network, config)
     for p in backbone.parameters():
         p.requires_grad_(not lora)
     if lora:
         adapter = load_file(FOLDER / f"{FILE[family]}.peft_lora.safetensors")
-        llada.add_lora(backbone, 4, 8, 0.0, router=family == "llada_moe")
-        places = {key.removeprefix("base_model.model."): p for key, p in llada.lora_weights(backbone).items()}
+        add_lora(backbone, 4, 8, 0.0, router=family == "llada_moe")
+        places = {key.removeprefix("base_model.model."): p for key, p in lora_weights(backbone).items()}
         assert places.keys() == adapter.keys(), "the recorded LoRA and ours are not on the same layers"
         for key, p in places.items():
             p.data.copy_(adapter[key])
@@ -145,13 +149,13 @@ def test_parity_of_a_training_step(family, name, monkeypatch):
     z, backbone = read(family, name), backbone_of(family, lora=name == "pmc_ce_peft")
     s, batch = settings(z, **VARIANTS[name]), batch_of(z)
     path, phi, masked = path_of(z, s, batch.x0), phi0(z, s), z["anchor_mask"].bool()
-    assert sorted(phi) == sorted(backbone.matrices(memdlm.first_layer(6, s.layer_fraction), s.scope))
+    assert sorted(phi) == sorted(backbone.matrices(memdlm.first_fast_layer(6, s.layer_fraction), s.scope))
     with_recorded(monkeypatch, z, path, phi)
 
     # Raw gradients of the first stage, from one unclipped step of length one.
     step = replace(s, clip="none", inner_lr=1.0)
-    h = memdlm.below(backbone, s, z["anchor_input"], batch.valid)
-    lower = lambda x: memdlm.below(backbone, s, x, batch.valid).detach()
+    h = memdlm.lower_layers(backbone, s, z["anchor_input"], batch.valid)
+    lower = lambda x: memdlm.lower_layers(backbone, s, x, batch.valid).detach()
     phi1, _ = memdlm.inner_loop(backbone, step, path[:1], batch.x0, batch.valid, lower, phi)
     recorded = {n: z[f"grad1/{n}." + ("delta" if s.adapter == "full" else "B")] for n in phi}
     ours = {n: phi[n][-1][0] - phi1[n][-1][0] for n in phi}
@@ -196,7 +200,7 @@ def test_parity_of_a_training_step(family, name, monkeypatch):
     if "plain_logits" in z:
         with torch.no_grad(), memdlm.eval_mode(backbone):
             plain = backbone.head(backbone.blocks(backbone.embed(batch.x0), batch.valid, 0, None))
-            top = memdlm.above(backbone, s, memdlm.below(backbone, s, z["anchor_input"], batch.valid), batch.valid, phi)
+            top = memdlm.upper_layers(backbone, s, memdlm.lower_layers(backbone, s, z["anchor_input"], batch.valid), batch.valid, phi)
             agree(family, "logits", plain, z["plain_logits"])
             agree(family, "logits", backbone.head(top), z["outer_logits"])
 
@@ -239,12 +243,12 @@ def test_parity_of_adapting_to_a_prompt_and_decoding(family, monkeypatch):
     fill = torch.arange(48)[None] >= 40
     for name, weights in (("plain", None), ("adapted", phi)):
         with torch.no_grad():
-            top = memdlm.above(backbone, s, memdlm.below(backbone, s, canvas, all_), all_, weights)
+            top = memdlm.upper_layers(backbone, s, memdlm.lower_layers(backbone, s, canvas, all_), all_, weights)
             agree(family, "logits", backbone.head(top)[0, -8:], z[f"tail_logits_{name}"])
         if family == "llada2":
             # The recorded sampler used blocks of 8 and 8 steps in each.
-            monkeypatch.setattr(llada, "BLOCK", 8)
-            steps = llada.block_diffusion(backbone, s, canvas, fill, all_, [0], weights, threshold=0.95)
+            backbone.family = backbone.family._replace(block_length=8)
+            steps = block_diffusion(backbone, s, canvas, fill, all_, [0], weights, threshold=0.95)
         else:
             steps = memdlm.denoise(backbone, s, canvas, fill, all_, [0], weights)
         for out in steps:
@@ -262,7 +266,7 @@ def test_parity_of_hidden_state_distillation_where_ours_differs(family, name, mo
     z, backbone = read(family, f"pmc_{name}"), backbone_of(family)
     s, batch = settings(z, inner_loss={"hidden_mse": "hidden_mse", "hidden_cos": "hidden_cosine"}[name]), batch_of(z)
     path, masked = path_of(z, s, batch.x0), z["anchor_mask"].bool()
-    lower = lambda x: memdlm.below(backbone, s, x, batch.valid).detach()
+    lower = lambda x: memdlm.lower_layers(backbone, s, x, batch.valid).detach()
     corrected, _ = memdlm.inner_loop(backbone, s, path[:1], batch.x0, batch.valid, lower, phi0(z, s))
     states = [backbone.blocks(lower(x), batch.valid, 5, None)[path[0].targets] for x in (path[0].x, path[0].next_x)]
     student, teacher = states[0], states[1].detach()
@@ -271,8 +275,8 @@ def test_parity_of_hidden_state_distillation_where_ours_differs(family, name, mo
     expected = (weights * rows).sum() / path[0].targets.sum()
     _, record = memdlm.inner_loop(backbone, s, path[:1], batch.x0, batch.valid, lower, phi0(z, s))
     torch.testing.assert_close(record["inner"][0], expected, rtol=1e-5, atol=0)
-    published = {"hidden_mse": lambda b, st, ta, te: (st - b.part("norm")(te)).square().mean(-1),
-                 "hidden_cos": lambda b, st, ta, te: 1 - F.cosine_similarity(st, b.part("norm")(te), dim=-1)}[name]
+    published = {"hidden_mse": lambda head, st, ta, te: (st - backbone.part("norm")(te)).square().mean(-1),
+                 "hidden_cos": lambda head, st, ta, te: 1 - F.cosine_similarity(st, backbone.part("norm")(te), dim=-1)}[name]
     monkeypatch.setitem(memdlm.INNER_LOSSES, s.inner_loss, published)
     phi, record = memdlm.inner_loop(backbone, s, path, batch.x0, batch.valid, lower, phi0(z, s))
     agree(family, "inner", record["inner"], z["stage_loss"])
@@ -293,7 +297,7 @@ def test_parity_of_attention_scope_where_ours_differs(family):
     phi = {n: tuple(w.double() for w in pair) for n, pair in memdlm.fresh_phi(backbone, s, [0]).items()}
     batch, name = batch_of(z), names[0]
     path = [st._replace(weight=st.weight.double()) for st in path_of(z, s, batch.x0)[:1]]
-    lower = lambda x: memdlm.below(backbone, s, x, batch.valid).detach()
+    lower = lambda x: memdlm.lower_layers(backbone, s, x, batch.valid).detach()
     moved, record = memdlm.inner_loop(backbone, s, path, batch.x0, batch.valid, lower, phi)
     i, eps = (0, 3, 1), 1e-3
     values = []
@@ -302,7 +306,7 @@ def test_parity_of_attention_scope_where_ours_differs(family):
         B = phi[name][1].clone()
         B[i] += sign * eps
         nudged[name] = (phi[name][0], B)
-        h = memdlm.above(backbone, s, lower(path[0].x), batch.valid, nudged)
+        h = memdlm.upper_layers(backbone, s, lower(path[0].x), batch.valid, nudged)
         values.append((path[0].weight * memdlm.token_nll(backbone, h, batch.x0, path[0].targets).sum(1)).sum() / path[0].targets.sum())
     slope = float(values[0] - values[1]) / (2 * eps)
     torch.testing.assert_close(-float(moved[name][1][i]), slope, rtol=2e-2, atol=1e-4)

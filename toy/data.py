@@ -4,9 +4,7 @@ from __future__ import annotations
 import os
 import random
 
-import torch
-
-from memdlm import Batch
+from data import collate
 from toy import tasks, text
 from toy.tokenizer import PAD, SEP
 
@@ -112,19 +110,3 @@ class ToyData:
         """The held-out samples with these numbers as one batch."""
         samples = [self.test(column, name, number) for number in numbers]
         return collate(samples, [f"{name} {column} {number}" for number in numbers], closed_book)
-
-
-def pad(rows, filler):
-    """Rows of different lengths -> [B, L], filled up on the right."""
-    longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
-
-
-def collate(samples, seeds, closed_book):
-    """Samples -> Batch. With closed_book the prompt is left out of x0 and only stands in `prompt`."""
-    rows = [(s.rest, s.answer) if closed_book else (s.prompt + s.rest, [False] * len(s.prompt) + s.answer)
-            for s in samples]
-    prompts = [s.prompt for s in samples]
-    return Batch(x0=pad([ids for ids, _ in rows], PAD), maskable=pad([answer for _, answer in rows], False),
-                 valid=pad([[True] * len(ids) for ids, _ in rows], False), seeds=list(seeds),
-                 prompt=pad(prompts, PAD), prompt_valid=pad([[True] * len(p) for p in prompts], False))

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import memdlm
+
 
 @dataclass
 class ToyConfig:
@@ -86,7 +88,8 @@ class Block(nn.Module):
 
 
 class ToyDLM(nn.Module):
-    """The backbone, with the interface described at the top of memdlm.py."""
+    """The backbone, with the interface `Backbone` of memdlm.py."""
+    title, decoder = "toy", staticmethod(memdlm.denoise)
 
     def __init__(self, config, seed=0):
         super().__init__()
@@ -117,6 +120,9 @@ class ToyDLM(nn.Module):
         for layer in self.layers[start:stop]:
             h = layer(h, mask)
         return h
+
+    def per_row(self, f, h, *rest):
+        return f(self.head, h, *rest)  # a small vocabulary: all rows at once
 
     def head(self, h):
         return self.lm_head(self.norm(h))

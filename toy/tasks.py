@@ -8,8 +8,8 @@ Lengths are counted in tokens, which here are words.
 """
 
 import random
-from typing import NamedTuple
 
+from data import Sample
 from toy.tokenizer import (
     FILLER, KEYS, NUMBERS, PEOPLE, PLACES, SEP, SPECIALS, SYMBOLS, VALUES, VARIABLES, Words,
 )
@@ -17,12 +17,6 @@ from toy.tokenizer import (
 WORDS = Words()
 
 
-class Sample(NamedTuple):
-    """One task instance, as token ids."""
-
-    prompt: list[int]   # what memory may be written from; a closed-book decoder never sees it
-    rest: list[int]     # what follows: visible question and answer, possibly interleaved
-    answer: list[bool]  # which tokens of `rest` are answer: noised in training, then decoded
 
 
 def dictionary(rng, length, rep=None, queries=4):

@@ -4,14 +4,13 @@ Memory that only works on synthetic words would prove little, so these samples a
 The test files are never trained on, not even in part.
 """
 
-import json
 import os
 import random
 import sysconfig
 import zlib
 from pathlib import Path
 
-from toy.tasks import Sample
+from data import Sample, read_records
 from toy.tokenizer import EOS, SEP, Bytes
 
 BYTES = Bytes()
@@ -113,63 +112,12 @@ def read_pairs(path, skip_bad=False):
     return read_records(path, _pair, skip_bad)
 
 
-def read_records(path, parse, skip_bad=False):
-    """parse(record) of each record of a JSONL file or JSON array, and how many were skipped.
-
-    Errors are one-line ValueErrors with the line (in an array: the record) at fault; with
-    skip_bad such records are skipped and counted instead.
-    """
-    records, skipped = [], 0
-    for place, load in _records(path, _read_text(path)):
-        try:
-            records.append(parse(load()))
-        except (ValueError, RecursionError) as error:
-            if not skip_bad:
-                # JSON's own message would add a line number counted within this line.
-                raise ValueError(f"{path}, {place}: {getattr(error, 'msg', error)}") from None
-            skipped += 1
-    if not records:
-        raise ValueError(
-            f"{path} has no usable records ({skipped} skipped): "
-            'give one JSON object {"prompt": ..., "response": ...} per line'
-        )
-    return records, skipped
 
 
-def _read_text(path):
-    """The text of a UTF-8 file, without the byte order mark that some editors put first."""
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
 
 
-def _records(path, text):
-    """For each record its place in the file and a function that gives its parsed JSON."""
-    if not text.lstrip().startswith("["):
-        # Not splitlines(), which would also split at line separators inside a JSON text.
-        lines = [line.strip() for line in text.split("\n")]
-        return [(f"line {n}", lambda line=line: json.loads(line, object_pairs_hook=_unique))
-                for n, line in enumerate(lines, 1) if line]
-    try:
-        records = json.loads(text, object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: JSON array: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: unusable JSON array: {error}") from None
-    return [(f"record {n}", lambda record=record: record) for n, record in enumerate(records, 1)]
 
 
-def _unique(pairs):
-    """A JSON object whose names differ: of two fields of one name it is not known which was meant."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-        raise ValueError(f"{twice!r} stands twice in a record")
-    return record
 
 
 def _pair(record):

@@ -10,17 +10,30 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import llada
+from backbones.backbone import Backbone, build_network
+from backbones.block_diffusion import block_diffusion
+from backbones.blocks import GroupRouter
+from backbones.checkpoint import describe, load_backbone, load_weights
+import backbones.experts as experts_module
+from backbones.experts import Experts, grouped_linear, side_by_side
+from backbones.families import FAMILIES, PUBLISHED, TINY, read_config, translate
+from backbones.lora import add_lora, load_adapter, lora_targets, lora_weights, merge_adapter, save_adapter
+from backbones.plan import kept_per_token, memory_plan, optimizer_bytes
+from backbones.text import ChatData, SpecialToken, chat_turns
+from backbones.tiny import TEMPLATE, write_tiny
+from data import find_data_file
+from files import model_folder
 import memdlm
 import train
-from memdlm import Batch, MemDLM, Settings
+from memdlm import Batch, MemDLM
+from settings import Settings
 
 NAMES = ["llada-8b", "llada-moe", "llada2.1-mini"]
 
 
 def counts(name):
     with torch.device("meta"):
-        network = llada.build_network(llada.translate(llada.PUBLISHED[name]))
+        network = build_network(translate(PUBLISHED[name]))
     return network
 
 
@@ -28,7 +41,7 @@ def counts(name):
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     for name in NAMES:
-        llada.write_tiny(name, root / name)
+        write_tiny(name, root / name)
     return root
 
 
@@ -44,15 +57,15 @@ def folder(folders, request):
 
 def tiny(name, seed=0, **options):
     """Tiny random backbone with weights large enough that attention, router and φ matter."""
-    raw = llada.PUBLISHED[name] | llada.TINY[name] | {"mask_token_id": 301, "eos_token_id": 300, "pad_token_id": 300}
-    backbone = llada.load(raw, random=True, dtype="float32", device="cpu", seed=seed, **options)
+    raw = PUBLISHED[name] | TINY[name] | {"mask_token_id": 301, "eos_token_id": 300, "pad_token_id": 300}
+    backbone = load_backbone(raw, random=True, dtype="float32", device="cpu", seed=seed, **options)
     generator = torch.Generator().manual_seed(seed)
     for p in backbone.parameters():
         if p.dtype == torch.float32:
             spread = 0.15 if p.dim() > 1 else 0.3
             p.data = (p.dim() == 1) + spread * torch.randn(p.shape, generator=generator)
     for m in backbone.modules():
-        if isinstance(m, llada.GroupRouter):
+        if isinstance(m, GroupRouter):
             m.expert_bias = 0.1 * torch.randn(m.expert_bias.shape, generator=generator)
     return backbone
 
@@ -69,7 +82,7 @@ def rows(lengths, prompt=5, seed=0):
 
 def grouped(backbone, on):
     for m in backbone.modules():
-        if isinstance(m, llada.Experts):
+        if isinstance(m, Experts):
             m.grouped = on
 
 
@@ -81,7 +94,7 @@ def alone(batch, b):
 
 def logits(backbone, x, valid, phi=None, s=None):
     s = s or Settings()
-    return backbone.head(memdlm.above(backbone, s, memdlm.below(backbone, s, x, valid), valid, phi))
+    return backbone.head(memdlm.upper_layers(backbone, s, memdlm.lower_layers(backbone, s, x, valid), valid, phi))
 
 
 # ---- Shapes and architectures ---------------------------------------------------------------------------
@@ -96,12 +109,12 @@ def test_published_shapes_count_as_published():
         assert tensors in (None, len(state))
     for name, router, modules, lora, adapted, phi in (
             ("llada-moe", True, 3152, 311_459_840, 384, 37.7e6), ("llada2.1-mini", False, 14692, 1_206_632_448, 1542, 126.3e6)):
-        network, config = counts(name), llada.translate(llada.PUBLISHED[name])
-        targets = llada.lora_targets(config, "all", router)
+        network, config = counts(name), translate(PUBLISHED[name])
+        targets = lora_targets(config, "all", router)
         linears = [m for n, m in network.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in targets]
         assert len(linears) == modules and sum(32 * (m.in_features + m.out_features) for m in linears) == lora
-        backbone = llada.Backbone(network, config)
-        fast = backbone.matrices(memdlm.first_layer(config.layers, 0.10), "ffn")
+        backbone = Backbone(network, config)
+        fast = backbone.matrices(memdlm.first_fast_layer(config.layers, 0.10), "ffn")
         assert len(fast) == adapted
         assert abs(sum(32 * (m.in_features + m.out_features) for m in fast.values()) - phi) < 0.1e6
 
@@ -109,7 +122,7 @@ def test_published_shapes_count_as_published():
 def transformers_model(name):
     """The library's model of the same architecture, made to look both ways."""
     import transformers as hf
-    c = llada.translate(llada.PUBLISHED[name] | llada.TINY[name])
+    c = translate(PUBLISHED[name] | TINY[name])
     common = dict(vocab_size=c.vocab_size, hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads,
                   num_key_value_heads=c.kv_heads, head_dim=c.head_dim, rms_norm_eps=c.eps, tie_word_embeddings=False,
                   rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta})
@@ -161,8 +174,8 @@ def test_the_blocks_are_those_of_the_library_without_the_causal_mask(name):
 
 def test_group_router_by_hand():
     """Four groups of two; the bias decides who is chosen, the weights are the unbiased sigmoids, normalised and scaled."""
-    c = replace(llada.translate(llada.PUBLISHED["llada2.1-mini"] | llada.TINY["llada2.1-mini"]), width=8)
-    router = llada.GroupRouter(c)
+    c = replace(translate(PUBLISHED["llada2.1-mini"] | TINY["llada2.1-mini"]), width=8)
+    router = GroupRouter(c)
     router.weight.data = torch.eye(8)
     x = torch.tensor([[3.0, -3, 1, 0.9, 0, 0, 2, -5]])
     score = x[0].sigmoid()
@@ -242,7 +255,7 @@ def test_checkpointing_changes_no_gradient(name):
     results = []
     for checkpointing in (False, True):
         backbone = tiny(name, checkpointing=checkpointing)
-        llada.add_lora(backbone, 4, 8.0, 0.1)
+        add_lora(backbone, 4, 8.0, 0.1)
         torch.manual_seed(0)
         loss, _ = MemDLM(backbone.train(), Settings(rank=4, alpha=8.0))(rows([12, 30]))
         loss.backward()
@@ -252,7 +265,7 @@ def test_checkpointing_changes_no_gradient(name):
 
 
 def test_dropout_is_off_while_adapting():
-    backbone = llada.add_lora(tiny("llada-moe"), 4, 8.0, 0.5)
+    backbone = add_lora(tiny("llada-moe"), 4, 8.0, 0.5)
     for name, p in backbone.named_parameters():
         if "lora_B" in name:
             p.data.normal_(0, 0.1)
@@ -265,7 +278,7 @@ def test_dropout_is_off_while_adapting():
 # ---- Loading --------------------------------------------------------------------------------------------
 
 def test_a_checkpoint_loads_as_it_is_and_says_what_it_loaded(folder):
-    backbone = llada.load(str(folder))
+    backbone = load_backbone(str(folder))
     stored = {}
     for file in folder.glob("*.safetensors"):
         stored |= load_file(file)
@@ -273,7 +286,7 @@ def test_a_checkpoint_loads_as_it_is_and_says_what_it_loaded(folder):
     assert stored.keys() == ours.keys() and all(torch.equal(stored[k], ours[k]) for k in stored)
     assert backbone.mask_id == backbone.tokenizer.mask_id and backbone.config.eos_id == backbone.tokenizer.eos_id
     assert not any(p.requires_grad for p in backbone.parameters()) and not backbone.training
-    text = llada.describe(backbone)
+    text = describe(backbone)
     assert "0 layers in 4-bit" in text and f"{sum(p.numel() for p in backbone.parameters()) / 1e6:.3g} million" in text
 
 
@@ -353,21 +366,21 @@ def extra_in_index(copy):
 ])
 def test_what_does_not_fit_is_refused_in_one_line(folders, tmp_path, change, says):
     with pytest.raises(ValueError, match=says.replace("[", r"\[")) as error:
-        llada.load(broken(folders / "llada-moe", tmp_path, change))
+        load_backbone(broken(folders / "llada-moe", tmp_path, change))
     assert "\n" not in str(error.value)
 
 
 def test_fields_in_other_forms():
-    moe, dense, two = (llada.PUBLISHED[name] for name in ("llada-moe", "llada-8b", "llada2.1-mini"))
-    plain = llada.translate(moe)
+    moe, dense, two = (PUBLISHED[name] for name in ("llada-moe", "llada-8b", "llada2.1-mini"))
+    plain = translate(moe)
     moved = {k: v for k, v in moe.items() if k != "rope_theta"} | {"rope_parameters": {"rope_theta": 50000, "rope_type": "default"}}
-    assert llada.translate(moved) == plain == llada.translate(moe | {"moe_layer_freq": 1})
-    assert llada.translate(moe | {"eos_token_id": [7, 8]}).eos_id == 7
-    assert llada.translate(two).rotary_dim == 64
-    assert llada.translate({k: v for k, v in two.items() if k != "partial_rotary_factor"} | {"rotary_dim": 64}).rotary_dim == 64
+    assert translate(moved) == plain == translate(moe | {"moe_layer_freq": 1})
+    assert translate(moe | {"eos_token_id": [7, 8]}).eos_id == 7
+    assert translate(two).rotary_dim == 64
+    assert translate({k: v for k, v in two.items() if k != "partial_rotary_factor"} | {"rotary_dim": 64}).rotary_dim == 64
     for key in ("scale_logits", "input_emb_norm"):
         with pytest.raises(ValueError, match=key):
-            llada.translate(dense | {key: True})
+            translate(dense | {key: True})
 
 
 def test_nothing_of_a_repository_is_run(folders, tmp_path):
@@ -375,13 +388,13 @@ def test_nothing_of_a_repository_is_run(folders, tmp_path):
         (copy / "modeling_llada.py").write_text("raise SystemExit('ran')")
         edit("config.json", auto_map={"AutoModel": "modeling_llada.LLaDA", "AutoConfig": "modeling_llada.C"})(copy)
         (copy / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch /tmp/ran'\ntR.")
-    assert llada.load(broken(folders / "llada-moe", tmp_path, bait)).vocab_size == 320
+    assert load_backbone(broken(folders / "llada-moe", tmp_path, bait)).vocab_size == 320
 
 
 def test_the_hub_out_of_reach_is_one_quick_line(monkeypatch):
     import time
     begin = time.perf_counter()
-    for call, name in ((llada.find, "nobody/nothing"), (llada.config_of, "nobody/nothing"), (llada.find_data, "nobody/data")):
+    for call, name in ((model_folder, "nobody/nothing"), (read_config, "nobody/nothing"), (find_data_file, "nobody/data")):
         with pytest.raises(ValueError, match="could not be fetched from the hub") as error:
             call(name)
         assert "\n" not in str(error.value) and "give" in str(error.value)
@@ -407,8 +420,8 @@ def test_4bit_quantises_every_layer_of_the_blocks_and_nothing_else(name, quantis
         assert m.weight.dtype == torch.uint8 and state.quant_type == "nf4" and state.nested and state.blocksize == 64
         assert not m.weight.requires_grad
     plain = [n for n, m in backbone.network.named_modules() if type(m) is nn.Linear]
-    assert all(n == llada.FAMILIES[backbone.config.family].head or n.endswith("mlp.gate") for n in plain)
-    assert f"{quantised} layers in 4-bit" in llada.describe(backbone)
+    assert all(n == FAMILIES[backbone.config.family].head or n.endswith("mlp.gate") for n in plain)
+    assert f"{quantised} layers in 4-bit" in describe(backbone)
     assert next(iter(dequantised(backbone).values())).shape[1] == 64
 
 
@@ -418,15 +431,15 @@ def test_4bit_quantises_every_layer_of_the_blocks_and_nothing_else(name, quantis
 @pytest.mark.parametrize("name", NAMES)
 def test_4bit_gradients_are_those_of_the_dequantised_weights(name, training, dtype):
     """phi's and the LoRA's, in train and in eval mode, where bitsandbytes has a path without gradients on some CPUs."""
-    raw = llada.PUBLISHED[name] | llada.TINY[name] | {"mask_token_id": 301, "eos_token_id": 300}
+    raw = PUBLISHED[name] | TINY[name] | {"mask_token_id": 301, "eos_token_id": 300}
     s, batch, results = Settings(rank=4, alpha=8.0, layer_fraction=0.5), rows([14, 8]), []
-    quant = llada.load(raw, load_4bit=True, random=True, dtype=dtype, device="cpu")
-    plain = llada.load(raw, random=True, dtype=dtype, device="cpu")
+    quant = load_backbone(raw, load_4bit=True, random=True, dtype=dtype, device="cpu")
+    plain = load_backbone(raw, random=True, dtype=dtype, device="cpu")
     for n, w in dequantised(quant).items():
         plain.network.get_submodule(n).weight.data = w.to(getattr(torch, dtype))
     assert {p.dtype for n, p in quant.named_parameters() if p.dtype != torch.uint8} == {getattr(torch, dtype)}
     for backbone in (quant, plain):
-        llada.add_lora(backbone, 4, 8.0, 0.0, seed=1)
+        add_lora(backbone, 4, 8.0, 0.0, seed=1)
         backbone.train(training)
         phi = memdlm.fresh_phi(backbone, s, [0])
         phi = {k: (A, B + 0.01) for k, (A, B) in phi.items()}
@@ -449,15 +462,15 @@ def test_4bit_without_bitsandbytes_is_an_error(monkeypatch):
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         tiny("llada-moe", load_4bit=True)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
-        train.make_optimizer(train.Settings(optimizer="adamw8bit"), [nn.Parameter(torch.zeros(1))])
+        train.make_optimizer(Settings(optimizer="adamw8bit"), [nn.Parameter(torch.zeros(1))])
 
 
 # ---- Adapters -------------------------------------------------------------------------------------------
 
 def random_lora(backbone, seed=0, router=False, **options):
-    llada.add_lora(backbone, 4, 8.0, 0.0, router=router, **options)
+    add_lora(backbone, 4, 8.0, 0.0, router=router, **options)
     generator = torch.Generator().manual_seed(seed)
-    for key, p in llada.lora_weights(backbone).items():
+    for key, p in lora_weights(backbone).items():
         p.data = 0.1 * torch.randn(p.shape, generator=generator)
     return backbone
 
@@ -470,31 +483,31 @@ def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(n
     backbone = random_lora(tiny(name), router=router)
     expected, plain = logits(backbone, batch.x0, batch.valid), logits(tiny(name), batch.x0, batch.valid)
     assert not torch.allclose(expected, plain, atol=1e-2)
-    llada.save_adapter(backbone, tmp_path / "adapter")
+    save_adapter(backbone, tmp_path / "adapter")
     assert {p.name for p in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     keys = load_file(tmp_path / "adapter/adapter_model.safetensors").keys()
-    assert not any(key.startswith(f"base_model.model.{llada.FAMILIES[backbone.config.family].head}.") for key in keys)
+    assert not any(key.startswith(f"base_model.model.{FAMILIES[backbone.config.family].head}.") for key in keys)
     if name == "llada-moe":
         assert "base_model.model.model.layers.3.mlp.experts.5.up_proj.lora_A.weight" in keys
         assert ("base_model.model.model.layers.3.mlp.gate.lora_A.weight" in keys) == router
-    live = llada.load_adapter(tiny(name), str(tmp_path / "adapter"))
+    live = load_adapter(tiny(name), str(tmp_path / "adapter"))
     assert torch.equal(logits(live, batch.x0, batch.valid), expected)
     other = tiny(name)
     other.network = PeftModel.from_pretrained(other.network, tmp_path / "adapter")
     torch.testing.assert_close(logits(other, batch.x0, batch.valid), expected)
     # Merged: into the weights of a checkpoint on disk, before they would be quantised.
     weights = tiny(name).network.state_dict()
-    network = llada.build_network(backbone.config)
-    source = llada.merged(lambda key, shape: weights[key], str(tmp_path / "adapter"), network, name, llada.FAMILIES[backbone.config.family].embed)
-    llada.load_weights(network, source, torch.float32, "cpu")
-    merged = llada.Backbone(network.eval(), backbone.config)
+    network = build_network(backbone.config)
+    source = merge_adapter(lambda key, shape: weights[key], str(tmp_path / "adapter"), network, name, FAMILIES[backbone.config.family].embed)
+    load_weights(network, source, torch.float32, "cpu")
+    merged = Backbone(network.eval(), backbone.config)
     torch.testing.assert_close(logits(merged, batch.x0, batch.valid), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
     source = tmp_path / "adapter"
-    llada.save_adapter(random_lora(tiny("llada-moe")), source)
+    save_adapter(random_lora(tiny("llada-moe")), source)
     cases = {"made for another model|adapts": lambda c, w: None,  # LLaDA2.1 below
              "only plain LoRA": lambda c, w: c.update(use_dora=True), "modules_to_save": lambda c, w: c.update(modules_to_save=["lm_head"]),
              "r 0": lambda c, w: c.update(r=0),
@@ -514,13 +527,13 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         backbone = tiny("llada2.1-mini" if says.startswith("made") else "llada-moe")
         backbone.name = "x/LLaDA-MoE-Base"
         with pytest.raises(ValueError, match=says) as error:
-            llada.load_adapter(backbone, str(folder))
+            load_adapter(backbone, str(folder))
         assert "\n" not in str(error.value)
 
 
 def test_the_name_of_the_base_is_compared_where_it_says_something(tmp_path):
     backbone = random_lora(tiny("llada-moe"))
-    llada.save_adapter(backbone, tmp_path / "adapter")
+    save_adapter(backbone, tmp_path / "adapter")
     path = tmp_path / "adapter/adapter_config.json"
     for theirs, ours, fits in ((None, "x/LLaDA-MoE-Base", True), ("models/my-moe", "x/LLaDA-MoE-Base", True),
                                ("other/LLaDA-MoE-Base", "x/LLaDA-MoE-Base", True), ("other/LLaDA-MoE-Chat", "x/LLaDA-MoE-Base", False),
@@ -530,10 +543,10 @@ def test_the_name_of_the_base_is_compared_where_it_says_something(tmp_path):
         other = tiny("llada-moe")
         other.name = ours
         if fits:
-            llada.load_adapter(other, str(tmp_path / "adapter"))
+            load_adapter(other, str(tmp_path / "adapter"))
         else:
             with pytest.raises(ValueError, match="was made for"):
-                llada.load_adapter(other, str(tmp_path / "adapter"))
+                load_adapter(other, str(tmp_path / "adapter"))
 
 
 def test_an_adapter_on_other_weights_of_the_same_shape_is_refused(folders, tmp_path):
@@ -541,14 +554,14 @@ def test_an_adapter_on_other_weights_of_the_same_shape_is_refused(folders, tmp_p
         shutil.copytree(folders / "llada-moe", tmp_path / str(seed))
     for path in (tmp_path / "1").glob("*.safetensors"):
         save_file({k: t + 0.01 for k, t in load_file(path).items()}, path, {"format": "pt"})
-    llada.save_adapter(llada.add_lora(llada.load(str(tmp_path / "0")), 4, 8.0, 0.0), tmp_path / "a")
-    llada.load_adapter(llada.load(str(tmp_path / "0"), load_4bit=True, dtype="bfloat16"), str(tmp_path / "a"))
-    for use in (lambda: llada.load_adapter(llada.load(str(tmp_path / "1")), str(tmp_path / "a")),
-                lambda: llada.load(str(tmp_path / "1"), merge=str(tmp_path / "a"))):
+    save_adapter(add_lora(load_backbone(str(tmp_path / "0")), 4, 8.0, 0.0), tmp_path / "a")
+    load_adapter(load_backbone(str(tmp_path / "0"), load_4bit=True, dtype="bfloat16"), str(tmp_path / "a"))
+    for use in (lambda: load_adapter(load_backbone(str(tmp_path / "1")), str(tmp_path / "a")),
+                lambda: load_backbone(str(tmp_path / "1"), merge=str(tmp_path / "a"))):
         with pytest.raises(ValueError, match="was made for other weights .*remove its base.json"):
             use()
     (tmp_path / "a/base.json").unlink()
-    llada.load(str(tmp_path / "1"), merge=str(tmp_path / "a"))
+    load_backbone(str(tmp_path / "1"), merge=str(tmp_path / "a"))
 
 
 def test_lora_gradients_reach_every_adapted_layer():
@@ -624,7 +637,7 @@ def test_block_diffusion_with_its_cache_equals_recomputing_everything(threshold,
         prompts = torch.tensor([[37], [3], [64]])
         fill = batch.valid & (torch.arange(85) >= prompts)
         phi = memdlm.adapt(backbone, s, batch.x0, batch.valid & ~fill, batch.seeds)[0] if adapted else None
-        canvases = list(llada.block_diffusion(backbone, s, batch.x0, fill, batch.valid, batch.seeds, phi, threshold, edit))
+        canvases = list(block_diffusion(backbone, s, batch.x0, fill, batch.valid, batch.seeds, phi, threshold, edit))
         out = canvases[-1]
         assert (out[fill] != backbone.mask_id).all() and torch.equal(out[batch.valid & ~fill], batch.x0[batch.valid & ~fill])
         for b in range(3):
@@ -638,7 +651,7 @@ def test_phi_is_gone_while_decoding_pauses():
     backbone, batch = tiny("llada2.1-mini"), rows([70])
     plain = logits(backbone, batch.x0, batch.valid)
     phi, _ = memdlm.adapt(backbone, Settings(), batch.x0, batch.valid, [0])
-    steps = llada.block_diffusion(backbone, Settings(), batch.x0, torch.arange(70)[None] >= 20, batch.valid, [0], phi)
+    steps = block_diffusion(backbone, Settings(), batch.x0, torch.arange(70)[None] >= 20, batch.valid, [0], phi)
     next(steps)
     assert torch.equal(plain, logits(backbone, batch.x0, batch.valid))
 
@@ -646,10 +659,10 @@ def test_phi_is_gone_while_decoding_pauses():
 @pytest.mark.parametrize("stop", [0, 1])
 def test_a_row_ends_with_its_turn_or_its_text(folders, stop):
     """And what it did not need is filled up with the end of text."""
-    loaded = llada.load(str(folders / "llada2.1-mini"))
+    loaded = load_backbone(str(folders / "llada2.1-mini"))
     token = loaded.tokenizer.stop_ids[stop]
 
-    class Says(llada.Backbone):
+    class Says(Backbone):
         looks = 0
 
         def head(self, h):
@@ -657,7 +670,7 @@ def test_a_row_ends_with_its_turn_or_its_text(folders, stop):
             return 9.0 * F.one_hot(torch.full(h.shape[:-1], token), self.vocab_size)
     backbone = Says(loaded.network, loaded.config, loaded.tokenizer)
     x, fill = torch.ones(1, 300, dtype=torch.long), torch.arange(300)[None] >= 10
-    for canvas in llada.block_diffusion(backbone, Settings(), x, fill, torch.ones_like(fill), [0]):
+    for canvas in block_diffusion(backbone, Settings(), x, fill, torch.ones_like(fill), [0]):
         pass
     assert backbone.looks == 1 and (canvas[0, 10:32] == token).all() and (canvas[0, 32:] == loaded.config.eos_id).all()
 
@@ -667,13 +680,13 @@ def test_steps_per_block_share_the_block():
     fill = torch.arange(64)[None] >= 32
     backbone.config = replace(backbone.config, eos_id=319)
     for steps in (1, 5, 10, 20, 24, 32, 40):
-        canvases = list(llada.block_diffusion(backbone, Settings(), batch.x0, fill, batch.valid, [0], threshold=1.0, steps=steps))
+        canvases = list(block_diffusion(backbone, Settings(), batch.x0, fill, batch.valid, [0], threshold=1.0, steps=steps))
         assert len(canvases) == min(steps, 32)
         taken = [int((a != b).sum()) for a, b in zip(canvases, canvases[1:])]
         assert not taken or max(taken) - min(taken) <= 1
 
 
-class Stubborn(llada.Backbone):
+class Stubborn(Backbone):
     """Its head prefers the mask token everywhere, and otherwise a token that changes at every look."""
     looks = 0
 
@@ -690,7 +703,7 @@ def test_block_diffusion_is_bounded_and_never_writes_a_mask(edit):
     model = tiny("llada2.1-mini")
     backbone, batch = Stubborn(model.network, model.config), rows([70])
     fill = torch.arange(70)[None] >= 5
-    for canvas in llada.block_diffusion(backbone, Settings(), batch.x0, fill, batch.valid, [0], threshold=0.95, edit_threshold=edit):
+    for canvas in block_diffusion(backbone, Settings(), batch.x0, fill, batch.valid, [0], threshold=0.95, edit_threshold=edit):
         pass
     assert (canvas != backbone.mask_id).all() and backbone.looks <= 3 * (32 + 16)
 
@@ -703,7 +716,7 @@ def test_cached_decoding_computes_few_positions():
     batch = rows([256 + 64])
     fill = torch.arange(320)[None] >= 256
     backbone.config = replace(backbone.config, eos_id=319)  # never said
-    for _ in llada.block_diffusion(backbone, Settings(), batch.x0, fill, batch.valid, [0], threshold=1.0):
+    for _ in block_diffusion(backbone, Settings(), batch.x0, fill, batch.valid, [0], threshold=1.0):
         pass
     assert sum(computed) <= 256 + 33 * 64 and computed[0] == 256
 
@@ -728,7 +741,7 @@ RECORDS = [{"prompt": "Hi there", "response": "Hello."}, {"instruction": "Add", 
 
 
 def test_records_become_chat_messages():
-    turns = [llada.messages(r) for r in RECORDS]
+    turns = [chat_turns(r) for r in RECORDS]
     assert turns[0] == [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello."}]
     assert turns[1][0]["content"] == "Add\n\n1 2" and turns[2][0]["content"] == "Say hi" and turns[3][0]["content"] == "Say"
     assert [t["role"] for t in turns[4]] == ["system", "user", "assistant"]
@@ -737,12 +750,12 @@ def test_records_become_chat_messages():
                 {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]},
                 {"messages": ["a", "b"]}, {"instruction": "x", "output": None}):
         with pytest.raises(ValueError):
-            llada.messages(bad)
+            chat_turns(bad)
 
 
 def test_the_chat_template_splits_prompt_and_reply(folder):
-    backbone = llada.load(str(folder))
-    prompt, reply = backbone.tokenizer.chat(llada.messages(RECORDS[4]))
+    backbone = load_backbone(str(folder))
+    prompt, reply = backbone.tokenizer.chat(chat_turns(RECORDS[4]))
     text = backbone.tokenizer.hf.decode(prompt + reply)
     assert text == "<role>SYSTEM</role>Be brief.<|role_end|><role>HUMAN</role>Who?<|role_end|><role>ASSISTANT</role>Me.<|role_end|>"
     assert backbone.tokenizer.hf.decode(reply) == "Me.<|role_end|>"
@@ -751,9 +764,9 @@ def test_the_chat_template_splits_prompt_and_reply(folder):
             backbone.tokenizer.chat([{"role": "user", "content": text}])
 
 
-ALWAYS = llada.TEMPLATE.replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "")
+ALWAYS = TEMPLATE.replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "")
 UNENDED = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
-STRICT = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}{% endfor %}" + llada.TEMPLATE
+STRICT = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}{% endfor %}" + TEMPLATE
 
 
 @pytest.mark.parametrize("template, reply", [
@@ -766,13 +779,13 @@ def test_templates_that_other_models_come_with(folders, tmp_path, template, repl
     (folder / "chat_template.jinja").unlink()
     if template:
         (folder / "chat_template.jinja").write_text(template)
-    backbone = llada.load(str(folder))
-    prompt, ids = backbone.tokenizer.chat(llada.messages(RECORDS[0]))
+    backbone = load_backbone(str(folder))
+    prompt, ids = backbone.tokenizer.chat(chat_turns(RECORDS[0]))
     decode = backbone.tokenizer.hf.decode
     assert decode(ids) == reply and ids[-1] in backbone.tokenizer.stop_ids
     assert backbone.tokenizer.templated == (template == ALWAYS)
     assert decode(prompt) == ("<role>HUMAN</role>Hi there<|role_end|><role>ASSISTANT</role>" if template == ALWAYS else "Hi there\n\n")
-    data = llada.ChatData(backbone, [llada.messages(RECORDS[0])] * 3)
+    data = ChatData(backbone, [chat_turns(RECORDS[0])] * 3)
     assert ("no usable chat template" in data.note) == (template != ALWAYS)
 
 
@@ -780,10 +793,10 @@ def test_a_template_that_refuses_a_role_is_one_line(folders, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(folders / "llada-moe", folder)
     (folder / "chat_template.jinja").write_text(STRICT)
-    tokenizer = llada.load(str(folder)).tokenizer
+    tokenizer = load_backbone(str(folder)).tokenizer
     assert tokenizer.templated
     with pytest.raises(ValueError, match="refuses these messages: no system role"):
-        tokenizer.chat(llada.messages(RECORDS[4]))
+        tokenizer.chat(chat_turns(RECORDS[4]))
 
 
 def test_only_tokens_with_a_meaning_are_refused_in_text(folders, tmp_path):
@@ -794,10 +807,10 @@ def test_only_tokens_with_a_meaning_are_refused_in_text(folders, tmp_path):
     fast = PreTrainedTokenizerFast.from_pretrained(folder)
     fast.add_special_tokens({"cls_token": "[CLS]", "bos_token": "<|startoftext|>"})
     fast.save_pretrained(folder)
-    tokenizer = llada.load(str(folder)).tokenizer
+    tokenizer = load_backbone(str(folder)).tokenizer
     assert tokenizer.chat([{"role": "user", "content": "a [CLS] b"}])
     for token in ("<|mask|>", "<|endoftext|>", "<|role_end|>", "<role>", "</role>", "<|startoftext|>"):
-        with pytest.raises(llada.SpecialToken, match="special token"):
+        with pytest.raises(SpecialToken, match="special token"):
             tokenizer.chat([{"role": "user", "content": f"a {token} b"}])
 
 
@@ -805,37 +818,37 @@ def test_the_models_mask_is_the_tokenizers_mask(folders, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(folders / "llada-moe", folder)
     edit("config.json", mask_token_id=260)(folder)
-    backbone = llada.load(str(folder))
+    backbone = load_backbone(str(folder))
     assert backbone.mask_id == backbone.tokenizer.mask_id == 260
 
 
 def test_filter_truncation_split_and_summary(folders):
-    backbone = llada.load(str(folders / "llada-moe"))
-    records = [llada.messages({"prompt": "p" * (i % 7 + 1), "response": "r" * (i + 1)}) for i in range(100)]
-    records += [llada.messages({"prompt": "x" * 500, "response": "y"}), llada.messages({"prompt": "a<|mask|>", "response": "y"})]
+    backbone = load_backbone(str(folders / "llada-moe"))
+    records = [chat_turns({"prompt": "p" * (i % 7 + 1), "response": "r" * (i + 1)}) for i in range(100)]
+    records += [chat_turns({"prompt": "x" * 500, "response": "y"}), chat_turns({"prompt": "a<|mask|>", "response": "y"})]
     overhead = len(backbone.tokenizer.chat(records[0])[0]) - 1
-    data = llada.ChatData(backbone, records, max_length=100, where="here", bad=3)
+    data = ChatData(backbone, records, max_length=100, where="here", bad=3)
     lengths = {len(s.prompt) + len(s.rest) for part in data.pairs.values() for s in part}
     kept = sum(overhead + i % 7 + 1 + i + 1 + 1 <= 100 for i in range(100))
     assert sum(map(len, data.pairs.values())) == kept and max(lengths) <= 100
     assert len(data.pairs["test"]) == kept // 20 and f"{100 - kept + 1} too long, 0 cut, 1 with special tokens" in data.note
     assert "3 malformed" in data.note and all(all(s.answer) for s in data.pairs["train"])
-    cut = llada.ChatData(backbone, records, max_length=100, truncate=True)
+    cut = ChatData(backbone, records, max_length=100, truncate=True)
     assert sum(map(len, cut.pairs.values())) == 100 and f"1 too long, {100 - kept} cut" in cut.note
-    again, other = (llada.ChatData(backbone, records, max_length=100, split_seed=n) for n in (42, 43))
+    again, other = (ChatData(backbone, records, max_length=100, split_seed=n) for n in (42, 43))
     assert again.pairs == data.pairs and other.pairs["test"] != data.pairs["test"]
     n = len(data.pairs["train"])
     epochs = [[data.train(None, 0, e * n + i) for i in range(n)] for e in range(2)]
     key = lambda s: (s.prompt, s.rest)
     assert sorted(epochs[0], key=key) == sorted(epochs[1], key=key) == sorted(data.pairs["train"], key=key) and epochs[0] != epochs[1]
     with pytest.raises(ValueError, match="raise --max-length"):
-        llada.ChatData(backbone, records, max_length=10)
+        ChatData(backbone, records, max_length=10)
 
 
 def test_padding_as_end_tokens_is_a_setting(folders):
-    s = train.Settings(model=str(folders / "llada-moe"), eos_loss=True, batch=3)
-    backbone = llada.load(s.model)
-    data = llada.ChatData(backbone, [llada.messages({"prompt": "p", "response": "r" * n}) for n in (1, 9, 20, 4, 5)])
+    s = Settings(model=str(folders / "llada-moe"), eos_loss=True, batch=3)
+    backbone = load_backbone(s.model)
+    data = ChatData(backbone, [chat_turns({"prompt": "p", "response": "r" * n}) for n in (1, 9, 20, 4, 5)])
     ours, theirs = (train.make_batch(replace(s, eos_loss=on), data, 0) for on in (False, True))
     pad = ~ours.valid
     assert pad.any() and not (ours.maskable & pad).any()
@@ -862,34 +875,34 @@ def saved_bytes(function):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_plans_activations_are_those_that_autograd_keeps(name, lora_dtype):
     """One layer, 256 tokens wide enough that nothing but the counted tensors matters."""
-    raw = llada.PUBLISHED[name] | llada.TINY[name] | {"mask_token_id": 301, "eos_token_id": 300}
+    raw = PUBLISHED[name] | TINY[name] | {"mask_token_id": 301, "eos_token_id": 300}
     raw |= {k: 4 * raw[k] for k in ("hidden_size", "d_model", "expert_intermediate_size", "moe_intermediate_size",
                                     "mlp_hidden_size", "head_dim") if k in raw}
-    backbone = llada.load(raw, random=True, dtype="bfloat16", device="cpu", load_4bit=True)
-    s = train.Settings(model="x", load_4bit=True, lora_rank=4, lora_dtype=lora_dtype, dtype="bfloat16",
+    backbone = load_backbone(raw, random=True, dtype="bfloat16", device="cpu", load_4bit=True)
+    s = Settings(model="x", load_4bit=True, lora_rank=4, lora_dtype=lora_dtype, dtype="bfloat16",
                        optimizer="adamw8bit")
-    llada.add_lora(backbone, 4, 8.0, s.lora_dropout, dtype=lora_dtype)
+    add_lora(backbone, 4, 8.0, s.lora_dropout, dtype=lora_dtype)
     backbone.train()
     h = torch.randn(1, 256, backbone.config.width, dtype=torch.bfloat16, requires_grad=True)
     valid = torch.ones(1, 256, dtype=torch.bool)
     kept, _ = saved_bytes(lambda: backbone.blocks(h, valid, 2, 3))
-    planned = 256 * llada.kept_per_token(backbone.config, s, 2, mask={"float32": 4, "bfloat16": 2}[lora_dtype])  # as on a CPU
+    planned = 256 * kept_per_token(backbone.config, s, 2, mask={"float32": 4, "bfloat16": 2}[lora_dtype])  # as on a CPU
     assert 0.95 < kept / planned < 1.08, (kept, planned)
 
 
 def test_the_plan_counts_what_is_loaded():
-    raw = llada.PUBLISHED["llada-moe"] | llada.TINY["llada-moe"] | {"mask_token_id": 301, "eos_token_id": 300}
-    backbone = llada.load(raw, random=True, dtype="bfloat16", device="cpu", load_4bit=True)
-    s = train.Settings(model="x", load_4bit=True, dtype="bfloat16", lora_rank=4, rank=4)
-    parts = [size for _, size in llada.plan(backbone.config, s, 100)]
+    raw = PUBLISHED["llada-moe"] | TINY["llada-moe"] | {"mask_token_id": 301, "eos_token_id": 300}
+    backbone = load_backbone(raw, random=True, dtype="bfloat16", device="cpu", load_4bit=True)
+    s = Settings(model="x", load_4bit=True, dtype="bfloat16", lora_rank=4, rank=4)
+    parts = [size for _, size in memory_plan(backbone.config, s, 100)]
     held = sum(p.numel() * p.element_size() for p in backbone.parameters())
     for m in backbone.modules():
         if hasattr(m, "quant_state"):
             q = m.weight.quant_state
             held += q.absmax.numel() * q.absmax.element_size() + q.state2.absmax.numel() * q.state2.absmax.element_size()
     assert abs(parts[0] - held) / held < 0.02
-    llada.add_lora(backbone, 4, 8.0, 0.0)
-    lora = llada.lora_weights(backbone).values()
+    add_lora(backbone, 4, 8.0, 0.0)
+    lora = lora_weights(backbone).values()
     assert parts[1] == parts[2] == sum(4 * p.numel() for p in lora) and parts[3] == 2 * parts[1]
     for optimizer in ("adamw8bit", "paged_adamw8bit"):  # what bitsandbytes really makes
         for n in (4095, 4096, 65_600, 99_999):
@@ -898,7 +911,7 @@ def test_the_plan_counts_what_is_loaded():
             made = train.make_optimizer(replace(s, optimizer=optimizer), [p])
             made.step()
             held = sum(v.numel() * v.element_size() for k, v in made.state[p].items() if torch.is_tensor(v) and "qmap" not in k)
-            assert held == llada.moments(optimizer, n, 4)
+            assert held == optimizer_bytes(optimizer, n, 4)
     phi = memdlm.fresh_phi(backbone, s, [0])
     assert parts[4] == 3 * sum(4 * w.numel() for pair in phi.values() for w in pair)
 
@@ -917,7 +930,7 @@ def test_rounding_at_random_is_right_on_average_and_keeps_what_bfloat16_can_hold
 def test_small_updates_of_a_bfloat16_lora_are_not_lost():
     """A thousand steps of 2e-5 on weights of 0.02, where bfloat16's neighbours are 1.2e-4 apart."""
     import bitsandbytes as bnb
-    s, moved = train.Settings(model="x", lora_dtype="bfloat16", optimizer="adamw8bit", lr=2e-5), {}
+    s, moved = Settings(model="x", lora_dtype="bfloat16", optimizer="adamw8bit", lr=2e-5), {}
     for name, make in (("ours", lambda p: train.make_optimizer(s, p)),
                        ("plain", lambda p: bnb.optim.AdamW8bit(p, lr=2e-5, weight_decay=0.0))):
         torch.manual_seed(0)
@@ -939,14 +952,14 @@ def test_small_updates_of_a_bfloat16_lora_are_not_lost():
 def test_experts_at_once_are_the_experts_one_by_one(name, load_4bit, per_sample, adapter, monkeypatch):
     """A whole training step with LoRA and fast weights: loss, inner losses and every gradient. Some experts are idle."""
     backbone = tiny(name, load_4bit=load_4bit)
-    llada.add_lora(backbone, 8, 16.0, 0.0)
+    add_lora(backbone, 8, 16.0, 0.0)
     for i, (key, p) in enumerate(sorted(backbone.named_parameters())):
         if "lora_" in key:
             p.data = 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
     s = Settings(per_sample=per_sample, rank=8, alpha=8.0, layer_fraction=0.5, adapter=adapter)
     calls, seen = [], {}
-    real = llada.grouped_linear
-    monkeypatch.setattr(llada, "grouped_linear", lambda *a: calls.append(1) or real(*a))
+    real = grouped_linear
+    monkeypatch.setattr(experts_module, "grouped_linear", lambda *a: calls.append(1) or real(*a))
     for on in (False, True):
         grouped(backbone, on)
         backbone.train().zero_grad()
@@ -976,8 +989,8 @@ def test_all_weights_train_with_experts_at_once():
 def test_weights_put_side_by_side_are_bit_for_bit_those_unpacked_one_by_one():
     from bitsandbytes.functional import dequantize_4bit
     backbone = tiny("llada-moe", load_4bit=True)
-    layers = [expert.up_proj for expert in next(m for m in backbone.modules() if isinstance(m, llada.Experts))]
-    whole = llada.side_by_side(layers, torch.float32)
+    layers = [expert.up_proj for expert in next(m for m in backbone.modules() if isinstance(m, Experts))]
+    whole = side_by_side(layers, torch.float32)
     for got, layer in zip(whole, layers):
         want = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
         assert torch.equal(got, want)
@@ -985,10 +998,10 @@ def test_weights_put_side_by_side_are_bit_for_bit_those_unpacked_one_by_one():
 
 def test_settings_and_loading_choose_the_experts(folders):
     for experts in ("loop", "grouped"):
-        backbone = llada.load(str(folders / "llada-moe"), experts=experts)
-        assert {m.grouped for m in backbone.modules() if isinstance(m, llada.Experts)} == {experts == "grouped"}
+        backbone = load_backbone(str(folders / "llada-moe"), experts=experts)
+        assert {m.grouped for m in backbone.modules() if isinstance(m, Experts)} == {experts == "grouped"}
     with pytest.raises(ValueError, match="multiples of 8"):
-        train.Settings(model="x", experts="grouped", rank=12)
+        Settings(model="x", experts="grouped", rank=12)
 
 
 # ---- Only the rows that are read ---------------------------------------------------------------------
@@ -1007,7 +1020,7 @@ def test_rows_that_are_read_are_as_if_all_were_computed(name_of, per_sample):
     leaves = [w for pair in phi.values() for w in pair] + list(backbone.parameters())
     out = []
     for rows_read in (None, need):
-        h = memdlm.above(backbone, s, memdlm.below(backbone, s, batch.x0, batch.valid), batch.valid, phi, rows_read)[need]
+        h = memdlm.upper_layers(backbone, s, memdlm.lower_layers(backbone, s, batch.x0, batch.valid), batch.valid, phi, rows_read)[need]
         out.append((h, torch.autograd.grad(backbone.head(h).square().sum(), leaves, allow_unused=True)))
     assert torch.allclose(out[0][0], out[1][0], atol=1e-5)
     for a, b in zip(out[0][1], out[1][1]):
@@ -1023,12 +1036,12 @@ def test_unread_rows_skip_the_feed_forward():
     need = torch.zeros_like(batch.valid)
     need[0, 3:6] = True
     for rows_read in (need, None, torch.zeros_like(need)):
-        memdlm.above(backbone, Settings(), memdlm.below(backbone, Settings(), batch.x0, batch.valid), batch.valid, None,
+        memdlm.upper_layers(backbone, Settings(), memdlm.lower_layers(backbone, Settings(), batch.x0, batch.valid), batch.valid, None,
                      rows_read)
     assert seen == [3, 40, 40]  # with gradients all must take part if none is read, for DDP
     with torch.no_grad():
-        h = memdlm.below(backbone, Settings(), batch.x0, batch.valid)
-        memdlm.above(backbone, Settings(), h, batch.valid, None, torch.zeros_like(need))
+        h = memdlm.lower_layers(backbone, Settings(), batch.x0, batch.valid)
+        memdlm.upper_layers(backbone, Settings(), h, batch.valid, None, torch.zeros_like(need))
     assert seen == [3, 40, 40]
 
 
@@ -1038,10 +1051,10 @@ def test_a_step_reads_one_number_back_per_moe_layer(monkeypatch):
     """Masks live on the host, hidden states on the device. Nothing that is computed from hidden states is read, but each MoE
     layer's counts, once a pass; with all experts at once not even these."""
     backbone = tiny("llada-moe")
-    llada.add_lora(backbone, 8, 16.0, 0.05)
+    add_lora(backbone, 8, 16.0, 0.05)
     passes = []
     for m in backbone.modules():
-        if isinstance(m, llada.Experts):
+        if isinstance(m, Experts):
             m.register_forward_hook(lambda *a: passes.append(1))
     reads = []
     for method in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "numpy"):
@@ -1049,11 +1062,11 @@ def test_a_step_reads_one_number_back_per_moe_layer(monkeypatch):
             import sys
             caller = sys._getframe(1)
             name = caller.f_code.co_name
-            if "llada.py" in caller.f_code.co_filename or "memdlm.py" in caller.f_code.co_filename:
+            if "backbones" in caller.f_code.co_filename or "memdlm.py" in caller.f_code.co_filename:
                 reads.append((name, method))
             return real(self, *a, **k)
         monkeypatch.setattr(torch.Tensor, method, spy)
-    on_the_host = {"blocks", "mask", "feed", "inner_loop"}  # of masks and counts of masks
+    on_the_host = {"blocks", "mask", "add_feed_forward", "stage_loss"}  # of masks and counts of masks
     for on in (False, True):
         grouped(backbone, on)
         for s in (Settings(rank=8), Settings(rank=8, memory=False)):

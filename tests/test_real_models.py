@@ -1,5 +1,6 @@
 """Full models as a user meets them: trained, stopped, resumed, spread over processes, asked. All on tiny checkpoints."""
 import json
+from dataclasses import replace
 import os
 import shutil
 import subprocess
@@ -14,7 +15,18 @@ from test_cli import StopAfter, metrics, refused
 import bench
 import evaluate
 import generate
-import llada
+from backbones.checkpoint import load_backbone
+from backbones.families import TINY
+import backbones.lora as lora_module
+import runs as runs_module
+from backbones.lora import save_adapter
+from backbones.plan import plan_text
+from backbones.text import ChatData, chat_turns
+from backbones.tiny import write_tiny
+from data import find_data_file
+from files import write_whole
+from runs import build
+from settings import Settings
 import memdlm
 import train
 
@@ -28,8 +40,8 @@ SMALL = ["--steps", "4", "--batch", "1", "--accumulate", "2", "--rank", "4", "--
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    for name in llada.TINY:
-        llada.write_tiny(name, root / name)
+    for name in TINY:
+        write_tiny(name, root / name)
     return root
 
 
@@ -41,7 +53,7 @@ def here(tmp_path, tiny):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", list(llada.TINY))
+@pytest.mark.parametrize("name", list(TINY))
 def test_a_full_model_is_trained_saved_reloaded_and_adapted(cli, here, tiny, name):
     code, out, err = cli(train, "--model", tiny / name, "--load-4bit", *SMALL)
     folder = here / "runs" / f"{name}-pairs"
@@ -135,10 +147,10 @@ def test_adapter_and_checkpoint_agree_after_a_kill_between_them(cli, here, tiny,
                     raise KeyboardInterrupt  # as sudden as it gets within a test
             real(first, second)
         return write
-    llada_save = llada.save_adapter
+    llada_save = save_adapter
     with monkeypatch.context() as patch:
-        patch.setattr(train, "write_whole", cut(train.write_whole))
-        patch.setattr(llada, "save_adapter", cut(llada_save))
+        patch.setattr(runs_module, "write_whole", cut(write_whole))
+        patch.setattr(lora_module, "save_adapter", cut(llada_save))
         with pytest.raises(KeyboardInterrupt):
             cli(train, *flags, "--out", "cut")
     assert cli(train, "--resume", "cut")[0] == 0
@@ -184,17 +196,17 @@ def test_rounding_is_alike_on_all_processes():
     for rank in (0, 1):
         processes = train.Processes()
         processes.rank = rank
-        runs.append(train.step_seeds(train.Settings(seed=3), 7, processes))
+        runs.append(train.step_seeds(Settings(seed=3), 7, processes))
     assert runs[0][0] != runs[1][0] and runs[0][1] == runs[1][1]
 
 
 def test_the_masks_of_a_sample_do_not_depend_on_how_a_step_is_cut(here, tiny):
-    s = train.Settings(model=str(tiny / "llada-moe"), batch=4)
-    backbone = llada.load(s.model)
-    records = [llada.messages(json.loads(line)) for line in (here / "pairs.jsonl").read_text().splitlines()]
-    data = llada.ChatData(backbone, records)
+    s = Settings(model=str(tiny / "llada-moe"), batch=4)
+    backbone = load_backbone(s.model)
+    records = [chat_turns(json.loads(line)) for line in (here / "pairs.jsonl").read_text().splitlines()]
+    data = ChatData(backbone, records)
     whole = train.make_batch(s, data, 3)
-    parts = [train.make_batch(train.replace(s, batch=1), data, 3, part, 4) for part in range(4)]
+    parts = [train.make_batch(replace(s, batch=1), data, 3, part, 4) for part in range(4)]
     assert [p.seeds[0] for p in parts] == whole.seeds
     for b, part in enumerate(parts):
         assert torch.equal(part.x0[0], whole.x0[b][whole.valid[b]])
@@ -202,7 +214,7 @@ def test_the_masks_of_a_sample_do_not_depend_on_how_a_step_is_cut(here, tiny):
 
 def test_warm_up_never_exceeds_the_learning_rate():
     for steps in (1, 2, 4, 10, 100):
-        s = train.Settings(steps=steps, lr=1.0)
+        s = Settings(steps=steps, lr=1.0)
         rates = [train.learning_rate(s, step) for step in range(steps)]
         assert max(rates) <= 1 and rates[0] > 0
 
@@ -224,9 +236,9 @@ def test_plan_and_bench(cli, tmp_path):
     default = float(cli(train, *flags)[1].splitlines()[-2].split()[0])
     fitted = float(cli(train, *flags, "--optimizer", "adamw8bit", "--lora-dtype", "bfloat16")[1].splitlines()[-2].split()[0])
     assert default > 30 and fitted < 23
-    assert "what helps" in llada.plan_text([("weights", 30 * 2**30)], 24 * 2**30).lower()
-    assert "fits into 24.0 GiB" in llada.plan_text([("weights", 3 * 2**30)], 24 * 2**30)
-    assert "helps" not in llada.plan_text([("weights", 3 * 2**30)], 24 * 2**30)
+    assert "what helps" in plan_text([("weights", 30 * 2**30)], 24 * 2**30).lower()
+    assert "fits into 24.0 GiB" in plan_text([("weights", 3 * 2**30)], 24 * 2**30)
+    assert "helps" not in plan_text([("weights", 3 * 2**30)], 24 * 2**30)
     code, out, _ = cli(bench, "--model", "llada-moe", "--random", "--tiny", "--length", "64", "--repeats", "1", "--new-tokens", "4",
                        "--json", "o.json")
     assert code == 0 and "MemDLM / plain step" in out
@@ -265,7 +277,7 @@ def test_the_middle_sized_steps_cost_what_they_may():
     assert sum(counts) / 2 < 0.72 * 116.7
     batch, backbone = case.batch(0), case.backbone.eval()
     with torch.no_grad():
-        counted = bench.flops(lambda: memdlm.above(backbone, case.s, memdlm.below(backbone, case.s, batch.x0, batch.valid), batch.valid, None))
+        counted = bench.flops(lambda: memdlm.upper_layers(backbone, case.s, memdlm.lower_layers(backbone, case.s, batch.x0, batch.valid), batch.valid, None))
     layer, head = bench.forward_flops(backbone.config, 2 * 512, 512)
     assert abs(counted / (8 * layer) - 1) < 0.02 and head == 2 * 1024 * 256 * 8192
 
@@ -316,8 +328,8 @@ def test_a_run_whose_model_is_gone_says_so(cli, here, tiny):
 
 
 def test_output_ends_at_the_end_of_turn(tiny, monkeypatch):
-    s = train.Settings(model=str(tiny / "llada-moe"), lora=False)
-    data, model = train.build(s, training=False, say=lambda text: None)
+    s = Settings(model=str(tiny / "llada-moe"), lora=False)
+    data, model = build(s, training=False, say=lambda text: None)
     sample = data.ask("a", length=6)
     stop, letters = data.tokenizer.stop_ids, data.tokenizer.encode("abcdef")
     assert len(stop) == 2
@@ -333,10 +345,10 @@ def test_a_data_set_of_the_hub_is_the_one_json_file_in_it(tmp_path, monkeypatch)
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.append((name, k["repo_type"])) or str(tmp_path))
     (tmp_path / "LongAlpaca-12k.json").write_text(json.dumps([{"instruction": "a", "output": "b", "input": None, "file": "x"}]))
-    path = llada.find_data("Yukang/LongAlpaca-12k")
+    path = find_data_file("Yukang/LongAlpaca-12k")
     assert asked == [("Yukang/LongAlpaca-12k", "dataset")] and Path(path).name == "LongAlpaca-12k.json"
     from toy.text import read_records
-    assert read_records(path, llada.messages) == ([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], 0)
+    assert read_records(path, chat_turns) == ([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], 0)
     (tmp_path / "more.jsonl").write_text("")
     with pytest.raises(ValueError, match="has 2 JSON files"):
-        llada.find_data("Yukang/LongAlpaca-12k")
+        find_data_file("Yukang/LongAlpaca-12k")

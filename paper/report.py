@@ -9,10 +9,10 @@ import platform
 
 import torch
 
-from evaluate import RATIOS
+from compare import COLORS, RATIOS, pyplot
+from files import write_whole
+from paper.claims import judged, paired, summary, value
 from toy import tasks
-from toy.claims import judged, paired, summary, value
-from train import COLORS, pyplot, write_whole
 
 METHODS = (("MDLM", "mdlm", "alone"), ("train-only", "memdlm", "alone"), ("train & inference", "memdlm", "adapted"),
            ("MDLM, adapted", "mdlm", "adapted"), ("train & inference, phi of another prompt", "memdlm", "another"))
@@ -408,4 +408,3 @@ def report(results, size, folder):
     print(markdown(claims_table(rows)))
     print(f"\n{folder}/report.html holds the tables and pictures, summary.md the tables, values.json the numbers")
     return folder / "report.html"
-

@@ -1,0 +1,156 @@
+"""A network of any family, with the interface that memdlm.py asks of a backbone."""
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from backbones.blocks import Context, RMSNorm, linear, rotary
+from backbones.families import FAMILIES
+from backbones.lora import weights_checksum
+
+LOGITS = 1 << 26  # numbers in the largest tensor of logits at a time: 256 MB in float32
+
+
+def build_network(config):
+    """The module tree of a checkpoint, under the checkpoint's own names."""
+    family, root = FAMILIES[config.family], nn.Module()
+    parts = {family.embed: nn.Embedding(config.vocab_size, config.width),
+             family.layers: nn.ModuleList(family.block(config, i) for i in range(config.layers)),
+             family.norm: RMSNorm(config.width, config.eps),
+             family.head: linear(config.width, config.vocab_size)}
+    for path, module in parts.items():
+        *outer, name = path.split(".")
+        place = root
+        for part in outer:
+            if not hasattr(place, part):
+                setattr(place, part, nn.Module())
+            place = getattr(place, part)
+        setattr(place, name, module)
+    return root
+
+
+class Backbone(nn.Module):
+    """A network with the interface `Backbone` of memdlm.py."""
+
+    def __init__(self, network, config, tokenizer=None, attention="full", checkpointing=False,
+                 name=""):
+        super().__init__()
+        self.network, self.config, self.tokenizer, self.name = network, config, tokenizer, name
+        self.attention, self.checkpointing = attention, checkpointing
+        self.family = FAMILIES[config.family]
+        self.title, self.decoder = self.family.title, self.family.decoder
+        self.num_layers, self.vocab_size = config.layers, config.vocab_size
+        self.mask_id = config.mask_id
+
+    @property
+    def core(self):
+        """The network inside PEFT's wrapper, if there is one."""
+        return self.network.get_base_model() if self.has_lora else self.network
+
+    @property
+    def has_lora(self):
+        return hasattr(self.network, "peft_config")
+
+    def weights_checksum(self):
+        vectors = [p for p in self.core.parameters() if p.dim() == 1]
+        return weights_checksum(self.part("embed").weight, vectors)
+
+    def part(self, name):
+        """The module that the family calls embed, layers, norm or head."""
+        return self.core.get_submodule(getattr(self.family, name))
+
+    def embed(self, ids):
+        table = self.part("embed")
+        return table(ids.to(table.weight.device))  # [B, L, D]
+
+    def blocks(self, h, valid, start, stop, need=None, past=None):
+        """Run layers start..stop-1 on h [B, L, D]; only positions `need` [B, L] will be read.
+
+        past: keys and values of what stands before h, for block diffusion.
+        """
+        before = past.length if past else 0
+        where = torch.arange(before, before + h.shape[1], device=h.device)
+        precision = torch.float32 if self.family.rotary_in_float32 else h.dtype
+        cos, sin = rotary(where, self.config.rotary_dim, self.config.rope_theta, precision)
+        context = Context(cos, sin, self.mask(valid, h, past), past, None)
+        # Fast weights act from `stop` on. What is recomputed in the backward pass must not need
+        # them.
+        recompute = self.checkpointing and stop is not None and torch.is_grad_enabled()
+        for layer in self.part("layers")[start:stop]:
+            if layer.layer == self.num_layers - 1:
+                context = context._replace(need=need)
+            h = (checkpoint(layer, h, context, use_reentrant=False) if recompute
+                 else layer(h, context))
+        return h
+
+    def mask(self, valid, h, past):
+        """Where a query may look: not at padding and, if block-causal, not beyond its own block."""
+        mask = None
+        if valid is not None and not valid.all():
+            mask = valid[:, None, None, :].to(h.device)  # [B, 1, 1, L]
+        if self.attention == "block" or past is not None:
+            size, before = self.family.block_length, past.length if past else 0
+            # If all queries are in the last block they see everything.
+            if (before + h.shape[1] - 1) // size != before // size:
+                block = torch.arange(before + h.shape[1], device=h.device) // size
+                causal = block[before:, None] >= block  # [L, before + L]
+                mask = causal if mask is None else mask & causal
+        return mask
+
+    def head(self, h):
+        return self.part("head")(self.part("norm")(h))
+
+    def per_row(self, f, h, *rest):
+        """f(head, h, *rest) for some rows at a time, so that the logits [N, V] are never whole.
+
+        With 157k words they would be the largest tensor of all. A head that is trained itself
+        needs them in the backward pass: there they are computed again.
+        """
+        # Of no rows, only the head's own weights can require a gradient.
+        trained = torch.is_grad_enabled() and self.head(h[:0].detach()).requires_grad
+        # A sixteenth may stay in a CPU's cache.
+        size = LOGITS if trained or h.is_cuda else LOGITS // 16
+        pieces = h.split(max(1, size // self.vocab_size))
+        others = [[None] * len(pieces) if x is None else x.split(len(pieces[0])) for x in rest]
+        parts = list(zip(pieces, *others))
+        if trained and len(parts) > 1:
+            out = [checkpoint(f, self.head, *part, use_reentrant=False, preserve_rng_state=False)
+                   for part in parts]
+        elif h.requires_grad and not trained:
+            out = [RowGradients.apply(part[0], f, self.head, *part[1:]) for part in parts]
+        else:
+            out = [f(self.head, *part) for part in parts]
+        if torch.is_tensor(out[0]):
+            return torch.cat(out)
+        return tuple(torch.cat(piece) for piece in zip(*out))
+
+    def matrices(self, first, scope):
+        """{name: linear layer or its adapter} of layers first, first + 1, ... for fast weights."""
+        layers, found = self.part("layers"), {}
+        for i in range(first, self.num_layers):
+            for name, matrix in layers[i].matrices(scope).items():
+                found[f"{self.family.layers}.{i}.{name}"] = matrix
+        return found
+
+
+class RowGradients(torch.autograd.Function):
+    """Losses of rows, whose gradients are taken at once instead of in the backward pass.
+
+    A row's loss depends on that row alone, and later passes only multiply it by a factor. So its
+    gradient [D] can be computed while its logits [V] exist, and the logits are never kept.
+    """
+
+    @staticmethod
+    def forward(ctx, h, f, head, *rest):
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            losses = f(head, h.view_as(h), *rest)  # [n]. A view: FLOP counters stumble over leaves
+            ctx.save_for_backward(*torch.autograd.grad(losses.sum(), h))
+        return losses.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, factor):
+        return factor[:, None] * ctx.saved_tensors[0], *[None] * (len(ctx.needs_input_grad) - 1)

@@ -1,0 +1,246 @@
+"""What a run can be told: its settings, what each kind of data sets differently, and the flags.
+
+A setting is one field of `Settings`. The field carries its group, help text, choices and limits,
+and from these come the flags of every script, the groups of --help, the checks and settings.json.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import sys
+from dataclasses import dataclass, fields, replace
+
+import memdlm
+from memdlm import setting
+
+GROUPS = {  # what --help says of each group of settings
+    "method": "how the model is trained with memory",
+    "inner loop": "how phi is written, in training and at inference",
+    "run": "what is trained, and for how long",
+    "optimisation": "the outer step",
+    "data": "what it is trained on",
+    "toy": "the tiny model",
+    "real models": "what is trained of a real model",
+    "loading": "how a model is opened",
+}
+
+
+@dataclass
+class Settings(memdlm.Settings):
+    """Everything a run can be told. The defaults are the paper's where the paper has one."""
+    model: str = setting("run", "toy", "'toy', the tiny model of toy/model.py; or a real model: a "
+        "hub id or a folder")
+    steps: int = setting("run", 500, "outer steps", low=1, high=1e9)
+    epochs: float = setting("run", 0.0, "passes over the data, in place of --steps",
+        low=0, high=1e6)
+    seed: int = setting("run", 0, "decides initial weights, data and masks")
+    control: bool = setting("run", True, "also train the run's control (the baseline) for the "
+        "table at the end")
+    log_every: int = setting("run", 10, "steps between lines of metrics.jsonl", low=1, high=1e9)
+    save_every: int = setting("run", 100, "steps between checkpoints", low=1, high=1e9)
+    sample_every: int = setting("run", 100, "steps between printed samples, 0 for none",
+        low=0, high=1e9)
+    eval_every: int = setting("run", 0, "steps between evaluations on held-out samples, 0 for none",
+        low=0, high=1e9)
+    eval_samples: int = setting("run", 32, "held-out samples in an evaluation", low=1, high=1e9)
+    table_samples: int = setting("run", 100, "held-out samples per cell of the table at the end, 0 "
+        "for no table", low=0, high=1e9)
+
+    batch: int = setting("optimisation", 32, "samples per micro-batch, on each process",
+        low=1, high=1e6)
+    accumulate: int = setting("optimisation", 1, "micro-batches per step, on each process",
+        low=1, high=1e6)
+    lr: float = setting("optimisation", 2e-5, "beta, peak learning rate of the outer AdamW; a "
+        "warm-up, then a cosine", low=0, high=1e30)
+    warmup: float = setting("optimisation", 0.1, "share of the steps with rising learning rate",
+        low=0, high=1)
+    weight_decay: float = setting("optimisation", 0.0, "of the outer AdamW", low=0, high=1e3)
+    grad_clip: float = setting("optimisation", 1.0, "norm at which the gradient of theta is "
+        "clipped; phi has no part in it", low=0, high=math.inf)
+    optimizer: str = setting("optimisation", "adamw", "AdamW, or bitsandbytes' with 8-bit moments, "
+        "which may live in the host's memory (paged)", ["adamw", "adamw8bit", "paged_adamw8bit"])
+
+    data: str = setting("data", "dictionary", "dictionary, languages, retrieval, prose, python, "
+        "pydoc (toy), a .jsonl or .json file, or a hub id (real models)")
+    skip_bad: bool = setting("data", False, "leave out malformed lines of a data file instead of "
+        "stopping at the first")
+    prompt_length: int = setting("data", 256, "toy, text: longest prompt in bytes",
+        low=1, high=1 << 20)
+    response_length: int = setting("data", 64, "toy, text: length of the response in bytes",
+        low=1, high=1 << 20)
+    max_length: int = setting("data", 4096, "real models: longest sample in tokens, template "
+        "included; longer ones are left out", low=1, high=1 << 20)
+    truncate: bool = setting("data", False, "cut the response of longer samples instead, as the "
+        "published script does")
+    split_seed: int = setting("data", 42, "real models: which 5 % of the data are held out")
+    eos_loss: bool = setting("data", False, "padding is end tokens that are noised and predicted "
+        "too, as in the published code")
+
+    width: int = setting("toy", 64, "D", low=1, high=1 << 14)
+    layers: int = setting("toy", 2, "number of blocks", low=1, high=1000)
+    heads: int = setting("toy", 4, "attention heads", low=1, high=1 << 10)
+    from_run: str = setting("toy", "", "start from the weights of this run folder, to fine-tune "
+        "them on other data")
+    toy_lora: bool = setting("toy", False, "keep the weights of --from-run and train a LoRA on "
+        "them, as real models do")
+
+    lora: bool = setting("real models", True, "train a LoRA (through PEFT) on frozen weights; "
+        "--no-lora trains all weights")
+    lora_rank: int = setting("real models", 32, "rank of the outer LoRA", low=1, high=1 << 16)
+    lora_alpha: float = setting("real models", 64.0, "its product is scaled by alpha / rank")
+    lora_dropout: float = setting("real models", 0.05, "dropout on its input", low=0, high=1)
+    lora_scope: str = setting("real models", "all", "attention and all experts, or attention alone",
+        ["all", "attention"])
+    lora_router: bool = setting("real models", False, "also on the router of LLaDA-MoE, as the "
+        "published run had it")
+    lora_dtype: str = setting("real models", "float32", "precision in which the LoRA is kept; "
+        "bfloat16 goes with the 8-bit optimisers, which round at random then",
+        ["float32", "bfloat16"])
+    checkpointing: bool = setting("real models", True, "recompute the activations below the fast "
+        "weights instead of keeping them")
+
+    load_4bit: bool = setting("loading", False, "quantise the layers of the blocks to 4 bits (nf4, "
+        "double quantisation)")
+    dtype: str = setting("loading", "auto", "precision of the weights that are not quantised, and "
+        "of the computation: auto is bfloat16 on a GPU, on a CPU the file's",
+        ["auto", "bfloat16", "float32"])
+    attention: str = setting("loading", "full", "LLaDA2.x in training and adaptation: full, as in "
+        "the published run, or block, the block-causal mask it decodes with", ["full", "block"])
+    experts: str = setting("loading", "loop", "of MoE layers: one after the other, or grouped, all "
+        "in one product per projection", ["loop", "grouped"])
+    from_adapter: str = setting("loading", "", "start from this LoRA: a folder or hub id in PEFT's "
+        "format")
+    merge: bool = setting("loading", False, "add --from-adapter to the weights, before they are "
+        "quantised, and train a new LoRA")
+    threads: int = setting("loading", 0, "CPU threads, 0 for PyTorch's choice", low=0, high=1 << 10)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model == "toy" and (self.load_4bit or self.from_adapter):
+            raise ValueError("--load-4bit and --from-adapter are for real models; the toy trains "
+                             "all of its weights")
+        if self.toy_lora and (self.model != "toy" or not self.from_run):
+            raise ValueError("--toy-lora is for a toy that starts --from-run")
+        if self.from_run and self.model != "toy":
+            raise ValueError("--from-run is for the toy; a real model starts --from-adapter")
+        if self.experts == "grouped" and (self.rank % 8 or self.lora_rank % 8):
+            raise ValueError("--experts grouped needs ranks that are multiples of 8, not "
+                             f"{self.rank} and {self.lora_rank}")
+        if self.merge and not self.from_adapter:
+            raise ValueError("--merge needs --from-adapter")
+        if self.closed_book and self.data in ("languages", "python", "pydoc"):
+            raise ValueError(f"--closed-book leaves no question in {self.data}; use it with "
+                             "--data dictionary")
+
+
+# What a real model's run sets: the paper's settings, in the memory of one GPU.
+REAL = dict(data="Yukang/LongAlpaca-12k", epochs=5.0, batch=1, accumulate=32, skip_bad=True,
+            control=False, table_samples=0, log_every=1, save_every=25, sample_every=50,
+            eval_every=50)
+
+# What a toy run sets differently from the paper, by kind of data ("file": your own) ...
+RECIPES = {
+    "dictionary": dict(memory_from="prompt", layers=1, steps=1000, lr=3e-3),
+    "languages": dict(steps=350, lr=3e-3),
+    "prose": dict(steps=350, lr=1e-3),
+    "retrieval": dict(steps=2000, lr=3e-3),
+    "python": dict(steps=500, batch=16, lr=3e-3, prompt_length=128, response_length=32),
+    "pydoc": dict(steps=500, batch=16, lr=3e-3, prompt_length=128, response_length=32),
+    "file": dict(steps=1000, batch=16, lr=3e-3),
+}
+# ... and by what phi is written from. A phi that a batch of 32 shares learns 1/32 as much from
+# each sample, so each sample has its own here. Written from the response, phi holds the answers of
+# the outer loss. Trained from scratch at the paper's eta of 0.1, theta comes to rely on it and is
+# lost without. At 0.003 it is not.
+WRITTEN_FROM = {
+    "response": dict(per_sample=True, inner_lr=0.003),
+    "prompt": dict(per_sample=True, inner_lr=0.3, trajectory="cover:4"),
+}
+
+
+def settings_from_flags(given):
+    """Settings from the flags given on the command line: the flag, else the recipe's, else the
+    default."""
+    if given.get("model", "toy") != "toy":
+        steps_given = {"epochs": 0.0} if "steps" in given else {}
+        return Settings(**{**REAL, **steps_given, **given})
+    data = given.get("data", Settings.data)
+    values = {**RECIPES.get(data, RECIPES["file"]), **given}
+    written_from = values.setdefault("memory_from", Settings.memory_from)
+    values = {**WRITTEN_FROM.get(written_from, {}), **values}
+    # A closed book needs a memory, and a question beside the prompt.
+    closed = (values.get("memory", True) and written_from == "prompt"
+              and data in ("dictionary", "retrieval"))
+    return Settings(**{"closed_book": closed, **values})
+
+
+def control_settings(s):
+    """The run to compare with: same data, seed and steps, no memory, and sight of the prompt.
+
+    The masks are the same too, unless the memory's book is closed: then its samples are shorter.
+    """
+    return replace(s, memory=False, closed_book=False)
+
+
+def names_of(*groups):
+    """The names of the settings in these groups, in order."""
+    return [f.name for f in fields(Settings) if f.metadata["group"] in groups]
+
+
+def add_flags(parser, names):
+    """One flag for each of these settings, under the heading of its group.
+
+    Flags that are not given stay absent, so that recipes and saved runs can speak.
+    """
+    places = {}
+    for f in fields(Settings):
+        group = f.metadata["group"]
+        if f.name in names:
+            if group not in places:
+                places[group] = parser.add_argument_group(group, GROUPS[group])
+            add_flag(places[group], f)
+
+
+def add_flag(place, f):
+    """The flag of one setting, with its defaults in the help text."""
+    recipes = {"real models": REAL}
+    recipes |= {f"toy {kind}": values for kind, values in RECIPES.items()}
+    recipes |= {f"toy, from {source}": values for source, values in WRITTEN_FROM.items()}
+    defaults = [f"default {f.default}"]
+    defaults += [f"{kind} {values[f.name]}" for kind, values in recipes.items() if f.name in values]
+    text = f"{f.metadata['help']} [{'; '.join(defaults)}]".replace("%", "%%")
+    options = dict(default=argparse.SUPPRESS, help=text)
+    if f.type == "bool":
+        options |= dict(action=argparse.BooleanOptionalAction)
+    else:
+        choices = f.metadata["choices"]
+        options |= dict(type={"int": int, "float": float, "str": str}[f.type], choices=choices,
+                        metavar=None if choices else f.name.upper())
+    place.add_argument("--" + f.name.replace("_", "-"), **options)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses in one line."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **options)
+
+    def error(self, message):
+        refuse(f"{message}; see {self.prog} --help")
+
+
+def refuse(message):
+    """One line that says what is wrong, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def one_line():
+    """Bad input within is the user's to mend: its message without the traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        refuse(" ".join(str(error).split()))
