@@ -37,9 +37,8 @@ Glossary
     s_pre     pre_scale     -        masks at the pre-anchor / masks at the anchor (4.4)
 
 Tokens and masks stay on the CPU; hidden states live where the model lives. `Backbone`, below, is
-what this file asks of a model; toy/model.py is one. Read on in order: one training step, then
-what it is made of, then decoding. `test_two_inner_steps_by_hand` in tests/test_memdlm.py works
-the inner loop out on a model of two numbers.
+what this file asks of a model; toy/model.py is one. For the inner loop worked out by hand, see
+`test_two_inner_steps_by_hand` in tests/test_memdlm.py.
 """
 from __future__ import annotations
 
@@ -118,11 +117,12 @@ class MemDLM(nn.Module):
 
     def memdlm_step(self, batch, t, xt, masked):
         """MemDLM. Eq. 9: the same, given phi_K, which is a constant here (first order, Eq. 10)."""
-        # Differs: in the published code phi still requires gradients in the outer pass. They are
-        # computed for nothing and enter the norm by which theta's gradient is clipped. Ours: none.
         h = lower_layers(self.backbone, self.s, xt, batch.valid)
         write = WRITE_FROM[self.s.memory_from]
         phi, record = write(self.backbone, self.s, batch, t, xt, masked, h.detach())
+        # Eq. 5:  min_theta E[ omega(t) sum_{i in M_t} -log p_{theta, phi_K}(x_0^i | x_t) ]
+        # Differs: the published phi still requires gradients here; they are computed for nothing
+        # and enter the norm by which theta's gradient is clipped. Ours is a constant.
         top = upper_layers(self.backbone, self.s, h, batch.valid, phi, masked)
         return token_nll(self.backbone, top, batch.x0, masked), record, h
 
@@ -255,10 +255,10 @@ def consistent(s, masked, maskable, t, seeds):
     Returns K + 1 masks [B, L], the most masked first. Each contains the next, so a walk down the
     list only ever reveals tokens. The last is empty: the clean text. With K = 2:
 
-        clean        the cat sat on the mat
+        x0           the cat sat on the mat
         pre-anchor   the  _   _  on the  _     3 masks = floor(1.5 * 2)
         anchor       the cat  _  on the  _     2 masks
-        clean        the cat sat on the mat
+        clean        the cat sat on the mat    0 masks
 
     The second value, None, says that each stage is weighted by its own mask ratio.
     """
@@ -279,10 +279,7 @@ def consistent(s, masked, maskable, t, seeds):
 
 
 def stages(s, x0, masked, maskable, t, seeds, mask_id, weighted):
-    """The stages of the inner loop, along the chosen trajectory.
-
-    weighted: divide each sample's loss by its mask ratio, as in training, or do not.
-    """
+    """The inner loop's stages. weighted: divide each sample's loss by its mask ratio, or not."""
     trajectory = TRAJECTORIES[s.trajectory.partition(":")[0]]
     masks, ratios = trajectory(s, masked, maskable, t, seeds)
     states = [torch.where(mask, mask_id, x0) for mask in masks]
@@ -345,8 +342,7 @@ def stage_loss(backbone, s, stage, x0, valid, lower, phi):
     loss, count = stage.weight.to(h.device) * loss, targets.sum(1).to(h.device)
     # Differs: the published code also divides by |M|, the number of loss positions. So do we: of
     # the batch where it shares phi, of each sample where it does not.
-    shared = all(len(w) == 1 for pair in phi.values() for w in pair)
-    if shared:
+    if len(next(iter(phi.values()))[0]) == 1:  # G = 1
         loss, count = loss.sum(0, keepdim=True), count.sum(0, keepdim=True)
     return loss / count.clamp(min=1)
 
@@ -403,13 +399,13 @@ def fresh_phi(backbone, s, seeds):
             A = (2 * uniform(seeds, f"A {name}", s.rank, width) - 1) / math.sqrt(width)
             phi[name] = (A.to(device), torch.zeros(len(seeds), out, s.rank, device=device))
     if not phi:
-        raise ValueError("no matrix for fast weights was found in the last layers of this model")
+        raise ValueError("this model has no matrix for fast weights in its last layers")
     return phi
 
 
 @contextmanager
 def fast_weights(backbone, s, phi):
-    """Inside `with fast_weights(...)` each matrix computes W x + (alpha / r) B A x (Eq. 5).
+    """Inside `with fast_weights(...)` each matrix computes W x + (alpha / r) B A x.
 
     Hooks: nothing in the model is replaced, saved or seen by an optimiser, and no exception can
     leave a trace. A zero product leaves every output as it is, bit for bit; phi=None does, too.
@@ -507,8 +503,7 @@ def adapt(backbone, s, prompt, valid, seeds):
     nothing is adapted, silently), and leaves dropout on. Ours draws from the seeds, masks at least
     one token, and runs in eval mode.
     """
-    u = uniform(seeds, "prompt anchor", prompt.shape[1])
-    masked = at_least_one(valid, u, s.anchor_ratio)
+    masked = at_least_one(valid, uniform(seeds, "prompt anchor", prompt.shape[1]), s.anchor_ratio)
     t = torch.full((len(prompt),), s.anchor_ratio)
     path = stages(s, prompt, masked, valid, t, seeds, backbone.mask_id, weighted=False)
 
@@ -649,6 +644,8 @@ def exposure_bias(backbone, s, x0, maskable, valid, seeds, ratios, phi=None):
             x = torch.where(commit, to_positions(tokens, open_), x)
             open_ = open_ & ~commit
         static = maskable & (static_rank < left[:, None])
+        # Eq. 3:  L_static = E[ -log p(x_0 | x_t) ], with x_t from the true text
+        # Eq. 4:  L_seq = E[ -log p(x_0 | x^_t) ], with x^_t from the model's own guesses
         for name, masked, canvas in (("static", static, x0), ("sequential", open_, x),
                                      ("matched", open_, x0)):
             nll = response_nll(backbone, s, x0, masked, valid, phi, canvas)
@@ -659,7 +656,7 @@ def exposure_bias(backbone, s, x0, maskable, valid, seeds, ratios, phi=None):
 # ---- 11. Variants that the paper compares, extensions, and what may be set ----------------------
 
 def write_from_prompt(backbone, s, batch, t, xt, masked, h):
-    """Extension: the inner loop that runs at inference, so theta learns to read phi's prompt."""
+    """Extension: the inner loop that runs at inference, so theta learns to read phi."""
     return adapt(backbone, s, batch.prompt, batch.prompt_valid, batch.seeds)
 
 
@@ -668,8 +665,8 @@ WRITE_FROM = {"response": write_from_response, "prompt": write_from_prompt}
 
 def clip_factors(s, norms):
     """What each gradient is multiplied by. Its norm, and the result: [tensors, G]."""
-    # Differs: the paper speaks of per-parameter normalisation. The published code scales each
-    # tensor's gradient down to the threshold where it is longer, and never up. So do we.
+    # Differs: the paper (4.4) speaks of normalisation. The published code scales each tensor's
+    # gradient down to the threshold where it is longer, and never up. So do we.
     if s.clip == "none":
         return torch.ones_like(norms)
     if s.clip == "global":
@@ -702,8 +699,8 @@ def cover(s, masked, maskable, t, seeds):
     """Extension: K disjoint masks that cover all; the paper's two leave 70 % without a loss."""
     parts = int(s.trajectory.partition(":")[2])
     rank = rank_of(maskable, uniform(seeds, "cover", masked.shape[1]))
-    n = maskable.sum(1, keepdim=True).clamp(min=1)
-    masks = [maskable & (rank * parts // n == k) for k in range(parts)]
+    part = rank * parts // maskable.sum(1, keepdim=True).clamp(min=1)
+    masks = [maskable & (part == k) for k in range(parts)]
     return masks + [torch.zeros_like(masked)], None
 
 
@@ -711,7 +708,7 @@ TRAJECTORIES = {f.__name__: f for f in (consistent, pre_only, anchor_only, incon
 
 
 # Inner losses (Fig. 6) besides `ce`. student and teacher [N, D]: hidden states of the same model
-# under the same phi; the teacher has no gradient and sees the next state. target [N] clean tokens.
+# under the same phi. The teacher has no gradient and sees the next state. They return [N].
 
 def log_probabilities(head, student, teacher):
     with torch.no_grad():

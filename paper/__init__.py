@@ -1,1 +1,12 @@
-"""The paper's claims, tasks and tables."""
+"""The paper's side of the project: its claims, its tasks and its tables.
+
+    runs.py       which models are trained for the claims, and the work through all of them
+    measures.py   what is measured on each trained model
+    claims.py     each claim as a difference between two runs, and the verdict of the statistics
+    report.py     the verdicts as tables, pictures and one page
+    harness.py    lm-evaluation-harness, whose tasks a model answers with the decoder of generate.py
+    tables.py     the paper's tables, with our scores beside its numbers
+
+The first four belong together: `python evaluate.py claims` runs them in this order, on the toy. The
+last two are for real models: `python evaluate.py tasks` and `python evaluate.py paper`.
+"""

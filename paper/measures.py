@@ -1,4 +1,13 @@
-"""What is measured on each run."""
+"""What is measured on each run of the paper's claims.
+
+Every measure is a function of the run's settings, its model and the size of the comparison. It
+returns a dict {key: number or list}, which joins the run's measures.json. Test samples and masks
+depend on their names alone, so runs of all kinds meet the same ones.
+
+A key ends with the way in which phi was written, for example "nats adapted". `ways_to_write` has
+them all. Training itself writes phi from the answers. That way appears here only as "answers", and
+no measure compares it with a model that has not seen them.
+"""
 from __future__ import annotations
 
 import json
@@ -15,15 +24,28 @@ from toy import tasks
 from toy.data import ToyData
 
 
-def at_inference(s):
-    """The inner loop that adapts to a prompt: the paper's eta, the run's own design; or what the run has learned to read."""
-    return s if s.memory and s.memory_from == "prompt" else replace(s, inner_lr=0.1)
+def inference_settings(s):
+    """The inner loop that adapts a model to a prompt.
+
+    It is the one that theta has learned to read, if training wrote phi from prompts. Otherwise it
+    is the run's own design at the paper's eta.
+    """
+    if s.memory and s.memory_from == "prompt":
+        return s
+    return replace(s, inner_lr=0.1)
 
 
-def sources_of(s):
-    """What phi is written from: name -> inner-loop settings, source."""
-    inner, cover = at_inference(s), replace(s, **WRITTEN_FROM["prompt"])
-    return {"alone": (s, "nothing"), "adapted": (inner, "prompt"), "another": (inner, "another"),
+def ways_to_write(s):
+    """The ways of writing phi: {way: (inner-loop settings, source)}, sources as in `write_phi`.
+
+        alone           no phi at all: theta by itself
+        adapted         from the prompt
+        another         from the prompt of another sample
+        cover           from the prompt, by four masks that cover all of it
+        cover another   the same from the prompt of another sample
+    """
+    own, cover = inference_settings(s), replace(s, **WRITTEN_FROM["prompt"])
+    return {"alone": (s, "nothing"), "adapted": (own, "prompt"), "another": (own, "another"),
             "cover": (cover, "prompt"), "cover another": (cover, "another")}
 
 
@@ -32,165 +54,235 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def retrieval(s, model, size, lengths=None, names=("alone", "adapted", "another")):
-    """Share of answer tokens right, by task, length and row. "in" and "beyond": means inside and outside the trained lengths."""
-    out, lengths = {}, lengths or size.lengths
+def held_out_batch(s, count):
+    """Held-out samples of the run's own kind of data, with prompts of 32 tokens."""
+    return ToyData(s.data).tests("32", range(count), False, "paper")
+
+
+# ---- Retrieval and loss -------------------------------------------------------------------------
+
+def measure_retrieval(s, model, size, lengths=None, ways=("alone", "adapted", "another")):
+    """Share of answer tokens right, by task, prompt length and way.
+
+    "in" and "beyond" are the means over the trained lengths and over the longer ones.
+    """
+    lengths, tasks_count, out = lengths or size.lengths, len(tasks.RETRIEVAL), {}
     for length in lengths:
-        named = [(task, f"paper {task} {length} {i}") for task in tasks.RETRIEVAL for i in range(size.samples)]
+        named = [(task, f"paper {task} {length} {i}")
+                 for task in tasks.RETRIEVAL for i in range(size.samples)]
         samples = [tasks.TASKS[task](random.Random(name), length) for task, name in named]
         batch = collate(samples, [name for _, name in named], False)
-        for row in names:
-            right = measure(model, *sources_of(s)[row], batch, "accuracy").view(len(tasks.RETRIEVAL), size.samples).mean(1)
-            out |= {f"{task} {length} {row}": x for task, x in zip(tasks.RETRIEVAL, right.tolist())}
-            out[f"{length} {row}"] = right.mean().item()
-    for row in names:
+        for way in ways:
+            right = measure(model, *ways_to_write(s)[way], batch, "accuracy")
+            by_task = right.view(tasks_count, size.samples).mean(1)
+            for task, share in zip(tasks.RETRIEVAL, by_task.tolist()):
+                out[f"{task} {length} {way}"] = share
+            out[f"{length} {way}"] = by_task.mean().item()
+    for way in ways:
         for where, some in (("in", lengths[:2]), ("beyond", lengths[2:])):
             if some:
-                out[f"{where} {row}"] = mean(out[f"{length} {row}"] for length in some)
+                out[f"{where} {way}"] = mean(out[f"{length} {way}"] for length in some)
     return out
 
 
-def retrieval_short(s, model, size):
-    return retrieval(s, model, size, size.lengths[:2], ("alone", "adapted"))
+def measure_short_retrieval(s, model, size):
+    """Retrieval at the trained lengths only."""
+    return measure_retrieval(s, model, size, size.lengths[:2], ("alone", "adapted"))
 
 
-def nats(s, model, size, names=("alone", "adapted", "another", "cover", "cover another")):
-    """Cross-entropy on held-out samples of the run's own kind, by length and row, and their means."""
+def measure_anchor_ratios(s, model, size):
+    """Retrieval at the trained lengths with other anchors at inference (Fig. 8)."""
+    out = {}
+    for ratio in (0.2, 0.4, 0.6, 0.8):
+        changed = replace(s, anchor_ratio=ratio)
+        scores = measure_retrieval(changed, model, size, size.lengths[:2], ("adapted",))
+        out[f"in anchor {ratio}"] = scores["in adapted"]
+    return out
+
+
+def measure_nats(s, model, size, ways=("alone", "adapted", "another", "cover", "cover another")):
+    """Cross-entropy on held-out samples of the run's own kind, by prompt length and way."""
     data, out = ToyData(s.data), {}
-    sources = {row: sources_of(s)[row] for row in names}
+    sources = {way: ways_to_write(s)[way] for way in ways}
     if s.memory and s.memory_from == "response":
         sources["answers"] = s, "answers"
-    for row, (inner, source) in sources.items():
+    for way, (inner, source) in sources.items():
         for column in data.columns:
             batch = data.tests(column, range(2 * size.samples), False, "paper")
-            out[f"nats {column} {row}"] = measure(model, inner, source, batch, "nats").mean().item()
-        out[f"nats {row}"] = mean(out[f"nats {column} {row}"] for column in data.columns)
+            nats = measure(model, inner, source, batch, "nats")
+            out[f"nats {column} {way}"] = nats.mean().item()
+        out[f"nats {way}"] = mean(out[f"nats {column} {way}"] for column in data.columns)
     return out
 
 
-def nats_short(s, model, size):
-    return nats(s, model, size, ("alone", "adapted"))
+def measure_short_nats(s, model, size):
+    """Cross-entropy without the controls."""
+    return measure_nats(s, model, size, ("alone", "adapted"))
 
 
-def exposure(s, model, size):
-    """Exposure bias (Fig. 3) for each row, and for the same model with logits / 3: as confident in the same order."""
-    batch, out = ToyData(s.data).tests("32", range(2 * size.samples), False, "paper"), {}
+def measure_recall(s, model, size):
+    """Closed book: share of answers right, by column and way, and its means."""
+    data, out = ToyData("dictionary"), {}
+    sources, ways = ways_to_write(s), ["alone"]
+    if s.closed_book:
+        paper = replace(s, trajectory="consistent", inner_lr=0.3)
+        sources["paper's masks"] = paper, "prompt"
+        ways += ["cover", "cover another", "paper's masks"]
+    for way in ways:
+        for column in data.columns:
+            batch = data.tests(column, range(2 * size.samples), s.closed_book, "paper")
+            right = measure(model, *sources[way], batch, "accuracy")
+            out[f"recall {column} {way}"] = right.mean().item()
+        out[f"recall {way}"] = mean(out[f"recall {column} {way}"] for column in data.columns)
+    return out
+
+
+def measure_needle(s, model, size):
+    """Answers right by how deep in the prompt the asked pair stands, from dictionaries.
+
+    Each way has a table [lengths][5 depths]: the first fifth of the prompt to the last.
+    """
+    out = {way: [] for way in ("alone", "cover" if s.closed_book else "adapted")}
+    for length in (16, 32, 64) if s.closed_book else size.lengths:
+        names = [f"paper dictionary {length} {i}" for i in range(3 * size.samples)]
+        rep = 1 if length < 128 else None
+        samples = [tasks.dictionary(random.Random(name), length, rep=rep) for name in names]
+        batch = collate(samples, names, s.closed_book)
+        # In `rest` the key stands right before its value, which is the answer.
+        depth = torch.tensor([5 * sample.prompt.index(key) // len(sample.prompt)
+                              for sample in samples
+                              for key, is_asked in zip(sample.rest, sample.answer[1:]) if is_asked])
+        for way in out:
+            inner, source = ways_to_write(s)[way]
+            phi = write_phi(model, inner, source, batch)
+            right = mark_right(model, inner, batch, phi)[batch.maskable]
+            out[way].append([right[depth == d].double().mean().item() for d in range(5)])
+    return {f"needle {way}": table for way, table in out.items()}
+
+
+# ---- Exposure bias and mask ratios --------------------------------------------------------------
+
+def measure_exposure(s, model, size):
+    """Exposure bias (Fig. 3) by way, at each mask ratio and as means without the first ratio.
+
+    "cooled" is theta alone with its logits divided by 3. It is less confident, but it decodes the
+    same tokens in the same order.
+    """
+    batch, out = held_out_batch(s, 2 * size.samples), {}
     head = model.backbone.lm_head.weight
-    for row in ("alone", "adapted", "cover", "cooled"):
-        inner, source = sources_of(s)["alone" if row == "cooled" else row]
+    for way in ("alone", "adapted", "cover", "cooled"):
+        inner, source = ways_to_write(s)["alone" if way == "cooled" else way]
         phi = write_phi(model, inner, source, batch)
-        head.data.div_(3 if row == "cooled" else 1)
-        losses = memdlm.exposure_bias(model.backbone, inner, batch.x0, batch.maskable, batch.valid, batch.seeds,
-                                      RATIOS, phi)
-        head.data.mul_(3 if row == "cooled" else 1)
-        static, sequential, matched = (losses[name].mean(1) for name in ("static", "sequential", "matched"))
-        out |= {f"exposure {name} {row}": x.tolist()
-                for name, x in (("static", static), ("sequential", sequential), ("matched", matched))}
-        out |= {f"ratio {row}": (sequential / static)[1:].mean().item(),
-                f"ratio matched {row}": (sequential / matched)[1:].mean().item(),
-                f"static {row}": static[1:].mean().item()}
+        head.data.div_(3 if way == "cooled" else 1)
+        losses = memdlm.exposure_bias(model.backbone, inner, batch.x0, batch.maskable, batch.valid,
+                                      batch.seeds, RATIOS, phi)
+        head.data.mul_(3 if way == "cooled" else 1)
+        curves = {name: losses[name].mean(1) for name in ("static", "sequential", "matched")}
+        out |= {f"exposure {name} {way}": curve.tolist() for name, curve in curves.items()}
+        for key, other in (("ratio", "static"), ("ratio matched", "matched")):
+            ratio = curves["sequential"] / curves[other]
+            out[f"{key} {way}"] = ratio[1:].mean().item()
+        out[f"static {way}"] = curves["static"][1:].mean().item()
     return out
 
 
-def bins(s, model, size):
+def measure_bins(s, model, size):
     """Loss by mask ratio, also with the phi of training, which has seen the answers."""
-    batch, out = ToyData(s.data).tests("32", range(2 * size.samples), False, "paper"), {}
-    rank, n = memdlm.rank_of(batch.maskable, memdlm.uniform(batch.seeds, "bins", batch.x0.shape[1])), batch.maskable.sum(1)
-    sources = {row: sources_of(s)[row] for row in ("alone", "adapted")} | ({"answers": (s, "answers")} if s.memory else {})
-    for row, (inner, source) in sources.items():
+    batch, out = held_out_batch(s, 2 * size.samples), {}
+    u = memdlm.uniform(batch.seeds, "bins", batch.x0.shape[1])
+    rank, n = memdlm.rank_of(batch.maskable, u), batch.maskable.sum(1)
+    sources = {way: ways_to_write(s)[way] for way in ("alone", "adapted")}
+    if s.memory:
+        sources["answers"] = s, "answers"
+    for way, (inner, source) in sources.items():
         curve = []
         for ratio in RATIOS:
-            masked = batch.maskable & (rank < (n * ratio).round().clamp(min=1).long()[:, None])
+            count = (n * ratio).round().clamp(min=1).long()
+            masked = batch.maskable & (rank < count[:, None])
             xt = torch.where(masked, model.backbone.mask_id, batch.x0)
-            phi = write_phi(model, inner, source, batch, torch.full((len(n),), ratio), xt, masked)
+            t = torch.full((len(n),), ratio)
+            phi = write_phi(model, inner, source, batch, t, xt, masked)
             nll = memdlm.response_nll(model.backbone, inner, batch.x0, masked, batch.valid, phi)
             curve.append((nll.sum(1) / masked.sum(1)).mean().item())
-        out[f"bins {row}"] = curve
+        out[f"bins {way}"] = curve
     return out
 
 
-def anchor_ratios(s, model, size):
-    """Retrieval inside the trained lengths with other anchors at inference (Fig. 8)."""
-    return {f"in anchor {ratio}": retrieval(replace(s, anchor_ratio=ratio), model, size, size.lengths[:2],
-                                            ("adapted",))["in adapted"]
-            for ratio in (0.2, 0.4, 0.6, 0.8)}
+# ---- Inside the memory --------------------------------------------------------------------------
+
+def measure_inner_loss(s, model, size):
+    """The loss of each stage of adapting to a prompt, before its step and after."""
+    s, batch, backbone = inference_settings(s), held_out_batch(s, 2 * size.samples), model.backbone
+    x0, valid = batch.prompt, batch.prompt_valid
+    u = memdlm.uniform(batch.seeds, "prompt anchor", x0.shape[1])
+    masked = memdlm.at_least_one(valid, u, s.anchor_ratio)
+    t = torch.full((len(x0),), s.anchor_ratio)
+    path = memdlm.stages(s, x0, masked, valid, t, batch.seeds, backbone.mask_id, weighted=False)
+
+    def lower(x):
+        return memdlm.lower_layers(backbone, s, x, valid).detach()
+
+    before, after = [], []
+    for k in range(len(path)):
+        # The stage once more shows what its step did.
+        walk = path[:k + 1] + [path[k]]
+        phi = memdlm.fresh_phi(backbone, s, batch.seeds)
+        _, record = memdlm.inner_loop(backbone, s, walk, x0, valid, lower, phi)
+        losses = record["inner"].tolist()
+        before.append(losses[-2])
+        after.append(losses[-1])
+    return {"inner before": before, "inner after": after}
 
 
-def inner(s, model, size):
-    """Loss of each stage of adapting to a prompt, before its step and after."""
-    s, batch = at_inference(s), ToyData(s.data).tests("32", range(2 * size.samples), False, "paper")
-    x0, valid, backbone = batch.prompt, batch.prompt_valid, model.backbone
-    masked = memdlm.at_least_one(valid, memdlm.uniform(batch.seeds, "prompt anchor", x0.shape[1]), s.anchor_ratio)
-    path = memdlm.stages(s, x0, masked, valid, torch.full((len(x0),), s.anchor_ratio), batch.seeds, backbone.mask_id,
-                         weighted=False)
-    pairs = []
-    for k in range(len(path)):  # the stage once more shows what its step did
-        _, record = memdlm.inner_loop(backbone, s, path[:k + 1] + path[k:k + 1], x0, valid,
-                                      lambda x: memdlm.lower_layers(backbone, s, x, valid).detach(),
-                                      memdlm.fresh_phi(backbone, s, batch.seeds))
-        pairs.append(record["inner"][-2:].tolist())
-    return {"inner before": [before for before, _ in pairs], "inner after": [after for _, after in pairs]}
-
-
-def where(s, model, size):
-    """Where phi lives: norm of the change it makes to each matrix, if it may change all of them."""
-    s = replace(at_inference(s), layer_fraction=1.0, scope="ffn+attn")
-    batch = ToyData(s.data).tests("32", range(size.samples), False, "paper")
-    phi = write_phi(model, s, "prompt", batch)
-    change = {name: s.alpha / s.rank * (B @ A).flatten(1).norm(dim=1).mean().item() for name, (A, B) in phi.items()}
+def measure_where(s, model, size):
+    """Where phi lives: the norm of its change to each matrix, where it may change all of them."""
+    s = replace(inference_settings(s), layer_fraction=1.0, scope="ffn+attn")
+    phi = write_phi(model, s, "prompt", held_out_batch(s, size.samples))
+    change = {name: s.alpha / s.rank * (B @ A).flatten(1).norm(dim=1).mean().item()
+              for name, (A, B) in phi.items()}
     return {"where names": list(change), "where": list(change.values())}
 
 
-def order(s, model, size):
-    """When each position of the response is committed, by row."""
-    batch, out = ToyData(s.data).tests("32", range(2 * size.samples), False, "paper"), {}
-    for row in ("alone", "cover"):
-        inner_s, source = sources_of(s)[row]
-        phi, when = write_phi(model, inner_s, source, batch), torch.zeros(batch.x0.shape)
-        for x in memdlm.denoise(model.backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi):
-            when += (x == model.backbone.mask_id) & batch.maskable  # steps that a position still waits
-        out[f"order {row}"] = when[batch.maskable].view(len(when), -1).mean(0).tolist()
+def measure_order(s, model, size):
+    """The decoding step at which each position of the response is committed, by way."""
+    batch, backbone, out = held_out_batch(s, 2 * size.samples), model.backbone, {}
+    for way in ("alone", "cover"):
+        inner, source = ways_to_write(s)[way]
+        phi = write_phi(model, inner, source, batch)
+        waited = torch.zeros(batch.x0.shape)  # [B, L], in steps
+        for x in memdlm.denoise(backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds,
+                                phi):
+            waited += (x == backbone.mask_id) & batch.maskable
+        out[f"order {way}"] = waited[batch.maskable].view(len(waited), -1).mean(0).tolist()
     return out
 
 
-def needle(s, model, size):
-    """Answers right by how deep in the prompt the pair stands: [lengths][5 depths], for each row. From dictionaries."""
-    out = {row: [] for row in ("alone", "cover" if s.closed_book else "adapted")}
-    for length in (16, 32, 64) if s.closed_book else size.lengths:
-        named = [f"paper dictionary {length} {i}" for i in range(3 * size.samples)]
-        samples = [tasks.dictionary(random.Random(name), length, rep=1 if length < 128 else None) for name in named]
-        batch = collate(samples, named, s.closed_book)
-        depth = torch.tensor([5 * sample.prompt.index(key) // len(sample.prompt) for sample in samples
-                              for key, asked in zip(sample.rest, sample.answer[1:]) if asked])
-        for row in out:
-            inner_s, source = sources_of(s)[row]
-            right = mark_right(model, inner_s, batch, write_phi(model, inner_s, source, batch))[batch.maskable]
-            out[row].append([right[depth == d].double().mean().item() for d in range(5)])
-    return {f"needle {row}": table for row, table in out.items()}
+MEASURES = {
+    "retrieval": measure_retrieval,
+    "retrieval_short": measure_short_retrieval,
+    "anchor_ratios": measure_anchor_ratios,
+    "nats": measure_nats,
+    "nats_short": measure_short_nats,
+    "recall": measure_recall,
+    "needle": measure_needle,
+    "exposure": measure_exposure,
+    "bins": measure_bins,
+    "inner": measure_inner_loss,
+    "where": measure_where,
+    "order": measure_order,
+}
 
 
-def recall(s, model, size):
-    """Closed book: answers right by column, for each row; and their means."""
-    data, out = ToyData("dictionary"), {}
-    sources = sources_of(s) | {"paper's masks": (replace(s, trajectory="consistent", inner_lr=0.3), "prompt")}
-    for row in ("alone", "cover", "cover another", "paper's masks") if s.closed_book else ("alone",):
-        for column in data.columns:
-            batch = data.tests(column, range(2 * size.samples), s.closed_book, "paper")
-            out[f"recall {column} {row}"] = measure(model, *sources[row], batch, "accuracy").mean().item()
-        out[f"recall {row}"] = mean(out[f"recall {column} {row}"] for column in data.columns)
-    return out
+def read_training_curve(folder):
+    """Cross-entropy per masked token in training, with memory ("curve") and without ("alone").
 
-
-MEASURES = {f.__name__: f for f in (retrieval, retrieval_short, nats, nats_short, exposure, bins,
-                                    anchor_ratios, inner, where, order, needle, recall)}
-
-
-def dynamics(folder):
-    """The training curve: cross-entropy per masked token as trained, and without memory."""
+    "train" is the mean over the last quarter of the logged steps.
+    """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [line["ce"] for line in lines]
     alone = [line.get("ce_without", line["ce"]) for line in lines]
-    half, last = len(lines) // 2, -(-len(lines) // 4)
-    return {"curve steps": [line["step"] for line in lines], "curve": trained, "curve alone": alone,
-            "train": mean(trained[-last:]), "train alone": mean(alone[-last:]),
+    half, quarter = len(lines) // 2, -(-len(lines) // 4)
+    return {"curve steps": [line["step"] for line in lines],
+            "curve": trained, "curve alone": alone,
+            "train": mean(trained[-quarter:]), "train alone": mean(alone[-quarter:]),
             "train alone, first half": mean(alone[:half or 1])}

@@ -1,14 +1,22 @@
-"""The paper's tables and figures on the toy: the runs, and what is measured on each.
+"""The runs that test the paper's claims on the toy: which there are, and the work through them.
 
-    python evaluate.py --paper toy            everything, five paired seeds, under two hours on two cores
-    python evaluate.py --paper toy --quick    the same in small, under ten minutes
+    python evaluate.py claims            everything: five paired seeds, under two hours on two cores
+    python evaluate.py claims --quick    the same in small: three seeds, under ten minutes
 
-Two ways to train are compared. *Tuned*: a base that has learned the retrieval tasks is fine-tuned on `prose`, text that has
-nothing to do with them, as the paper fine-tunes a pretrained model and then asks it for needles. *From scratch*: random
-languages, where the loss itself can be watched. A third, *closed book*, is ours: recall from phi alone.
+Most claims are about a model that was trained with memory, compared with one that was not. There
+are two settings in which both are trained, and one of ours.
 
-Every run has its folder, out/<size>/<seed>/<run>, with measures.json when it is done, so a second call goes on where the first
-one stopped. Runs of one seed share initial weights, data, masks and test samples: they are compared in pairs.
+    tuned          A base learns the retrieval tasks first. Then it is fine-tuned on `prose`, a
+                   text that has nothing to do with them. The paper does the same: it fine-tunes a
+                   pretrained model and then asks it for needles.
+    from scratch   A fresh model learns `languages`, in which each sample is written in a random
+                   language of its own. The loss of such a model can be compared directly.
+    closed book    Ours: the decoder does not see the prompt, so it recalls from phi alone.
+
+Every run has a folder, OUT/<size>/<seed>/<name of the run>. A run that is finished has left its
+numbers there, in measures.json. So a second call of the same command goes on where the first one
+stopped. All runs of one seed share initial weights, data, masks and test samples. They are compared
+in pairs.
 """
 from __future__ import annotations
 
@@ -26,21 +34,24 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from files import write_whole
-from paper.measures import MEASURES, dynamics
+from paper.measures import MEASURES, read_training_curve
 from runs import open_run, read_settings
 from settings import WRITTEN_FROM, Settings
 from train import Processes, train
 
 
+# ---- The plan -----------------------------------------------------------------------------------
+
 class Size(NamedTuple):
+    """How large the whole comparison is."""
     seeds: int
-    base: int      # steps of each kind of run
-    tuned: int
-    scratch: int
-    closed: int
-    samples: int   # held-out samples per cell
-    lengths: tuple  # of the retrieval tasks; the first two are those of training
-    far: bool      # also look far from the defaults
+    base: int       # steps of the base that is tuned
+    tuned: int      # steps of tuning it
+    scratch: int    # steps from scratch
+    closed: int     # steps of the closed book
+    samples: int    # held-out samples per cell
+    lengths: tuple  # of the retrieval tasks' prompts; the first two are those of training
+    far: bool       # also look far from the defaults
 
 
 SIZES = {"full": Size(5, 2000, 300, 350, 1000, 64, (32, 64, 128, 256), True),
@@ -48,110 +59,194 @@ SIZES = {"full": Size(5, 2000, 300, 350, 1000, 64, (32, 64, 128, 256), True),
 
 
 class Run(NamedTuple):
+    """One model to train: its settings, and the names of what is measured on it."""
     settings: dict
     measures: tuple
 
 
-# The paper's ablations of training: name of the run -> what differs from its default.
+OFF = dict(memory=False)
+LORA = dict(toy_lora=True, lora_rank=8, lora_alpha=16.0)
+SHORT = ("retrieval_short", "nats_short")  # what a variant is measured by
+
+# The paper's ablations of training: name of the run -> what it changes in the tuned MemDLM.
 ABLATIONS = {
-    "kl": dict(inner_loss="kl"), "reverse_kl": dict(inner_loss="reverse_kl"),
-    "hidden_cosine": dict(inner_loss="hidden_cosine"), "hidden_mse": dict(inner_loss="hidden_mse"),
-    "all layers": dict(layer_fraction=1.0), "ffn+attn": dict(scope="ffn+attn"), "full rank": dict(adapter="full"),
-    "clip global": dict(clip="global"), "clip 0.5": dict(clip_norm=0.5), "clip 2": dict(clip_norm=2.0),
+    "kl": dict(inner_loss="kl"),
+    "reverse_kl": dict(inner_loss="reverse_kl"),
+    "hidden_cosine": dict(inner_loss="hidden_cosine"),
+    "hidden_mse": dict(inner_loss="hidden_mse"),
+    "all layers": dict(layer_fraction=1.0),
+    "ffn+attn": dict(scope="ffn+attn"),
+    "full rank": dict(adapter="full"),
+    "clip global": dict(clip="global"),
+    "clip 0.5": dict(clip_norm=0.5),
+    "clip 2": dict(clip_norm=2.0),
     "no clip": dict(clip="none"),
-    "s_pre 1.25": dict(pre_scale=1.25), "s_pre 1.75": dict(pre_scale=1.75), "s_pre 2": dict(pre_scale=2.0),
+    "s_pre 1.25": dict(pre_scale=1.25),
+    "s_pre 1.75": dict(pre_scale=1.75),
+    "s_pre 2": dict(pre_scale=2.0),
     "inconsistent": dict(trajectory="inconsistent"),
-    "anchor only": dict(trajectory="anchor_only"), "pre only": dict(trajectory="pre_only"),
+    "anchor only": dict(trajectory="anchor_only"),
+    "pre only": dict(trajectory="pre_only"),
     "pre only, anchor tokens": dict(trajectory="pre_only", stage1_target="anchor_tokens"),
     "anchor tokens": dict(stage1_target="anchor_tokens"),
-    "K=3": dict(inner_steps=3), "K=4": dict(inner_steps=4),
+    "K=3": dict(inner_steps=3),
+    "K=4": dict(inner_steps=4),
 }
 
 
-def plan(size):
-    """{name: Run}. A run whose settings name another in from_run starts from that one of its seed."""
-    off, written = dict(memory=False), WRITTEN_FROM["prompt"]
-    # At this strength phi visibly holds the answers, and theta is not lost without it.
-    tuned = dict(data="prose", from_run="base", steps=size.tuned, batch=16, lr=1e-3, per_sample=True, inner_lr=0.03)
-    scratch = dict(data="languages", steps=size.scratch, lr=3e-3, per_sample=True, inner_lr=0.003)
-    closed = dict(data="dictionary", layers=1, steps=size.closed, lr=3e-3, closed_book=True, memory_from="prompt", **written)
-    small = ("retrieval_short", "nats_short")
-    runs = {
-        "base": Run(dict(data="retrieval", steps=size.base, lr=3e-3, **off), ("retrieval",)),
-        "mdlm": Run(tuned | off, ("retrieval", "nats", "exposure", "bins")),
-        "memdlm": Run(tuned, ("retrieval", "nats", "exposure", "bins", "anchor_ratios", "inner", "where", "needle")),
-        "mdlm, lr x 0.5": Run(tuned | off | dict(lr=5e-4), small),
-        "mdlm, lr x 0.3": Run(tuned | off | dict(lr=3e-4), small),
-        "mdlm, half the steps": Run(tuned | off | dict(steps=size.tuned // 2), small),
-        "scratch mdlm": Run(scratch | off, ("nats", "exposure", "bins", "order")),
-        "scratch memdlm": Run(scratch, ("nats", "exposure", "bins", "order", "inner")),
-        "scratch mdlm, same compute": Run(scratch | off | dict(steps=int(size.scratch * 1.8)), ("nats",)),
-        "closed memdlm": Run(closed, ("recall", "needle")),
-        "closed mdlm": Run(closed | off, ("recall",)),
-        "open mdlm": Run(closed | off | dict(closed_book=False), ("recall",)),
-    }
-    lora = dict(toy_lora=True, lora_rank=8, lora_alpha=16.0)
-    runs |= {
-        "lora mdlm": Run(tuned | off | lora, ("retrieval", "nats")),
-        "lora memdlm": Run(tuned | lora, ("retrieval", "nats")),
-        "lora mdlm, lr x 0.5": Run(tuned | off | lora | dict(lr=5e-4), small),
-        "lora mdlm, lr x 2": Run(tuned | off | lora | dict(lr=2e-3), small),
-        "lora mdlm, same compute": Run(tuned | off | lora | dict(steps=int(size.tuned * 2.4)), small),
-    }
-    runs |= {name: Run(tuned | change, small) for name, change in ABLATIONS.items()}
+def base_recipe(size):
+    return dict(data="retrieval", steps=size.base, lr=3e-3, **OFF)
+
+
+def tuned_recipe(size):
+    # With an eta of 0.03, phi visibly holds the answers, and theta is not lost without it.
+    return dict(data="prose", from_run="base", steps=size.tuned, batch=16, lr=1e-3,
+                per_sample=True, inner_lr=0.03)
+
+
+def scratch_recipe(size):
+    return dict(data="languages", steps=size.scratch, lr=3e-3, per_sample=True, inner_lr=0.003)
+
+
+def closed_recipe(size):
+    return dict(data="dictionary", layers=1, steps=size.closed, lr=3e-3, closed_book=True,
+                memory_from="prompt", **WRITTEN_FROM["prompt"])
+
+
+def plan_runs(size):
+    """All runs of one seed, {name: Run}.
+
+    A run whose settings name another run in `from_run` starts from the weights of that one.
+    """
+    runs = main_runs(size) | lora_runs(size)
+    runs |= {name: Run(tuned_recipe(size) | change, SHORT) for name, change in ABLATIONS.items()}
     if size.far:
-        for lr, etas in ((1e-3, (0.003, 0.01, 0.1)), (3e-4, (0.03, 0.1, 0.3)), (1e-4, (0.1,))):
-            runs |= {f"memdlm, lr {lr:g}, eta {eta:g}": Run(tuned | dict(lr=lr, inner_lr=eta), small) for eta in etas}
-        runs |= {"mdlm, lr 0.0001": Run(tuned | off | dict(lr=1e-4), small),
-                 "memdlm, shared, eta 0.1": Run(tuned | dict(per_sample=False, inner_lr=0.1), small),
-                 "mdlm, batch 4": Run(tuned | off | dict(batch=4), small),
-                 "memdlm, shared by 4, eta 0.1": Run(tuned | dict(per_sample=False, inner_lr=0.1, batch=4), small),
-                 "lora memdlm, eta 0.01": Run(tuned | lora | dict(inner_lr=0.01), small),
-                 "lora memdlm, eta 0.1": Run(tuned | lora | dict(inner_lr=0.1), small),
-                 "memdlm from the prompt": Run(tuned | written | dict(memory_from="prompt"), small)}
-        for what, layers, steps in (("4 layers", 4, size.base), ("3 x steps", 2, 3 * size.base)):
-            start = tuned | lora | dict(from_run=f"base, {what}", layers=layers)
-            runs |= {f"base, {what}": Run(runs["base"].settings | dict(layers=layers, steps=steps), ("retrieval",)),
-                     f"lora mdlm, {what}": Run(start | off, ("retrieval", "nats")),
-                     f"lora memdlm, {what}": Run(start, ("retrieval", "nats"))}
-        runs["lora mdlm, 4 layers, lr x 0.5"] = Run(runs["lora mdlm, 4 layers"].settings | dict(lr=5e-4), small)
-        runs |= {f"scratch memdlm, eta {eta:g}": Run(scratch | dict(inner_lr=eta), ("nats_short",))
-                 for eta in (0.01, 0.03, 0.1)}
-        runs |= {"scratch memdlm, shared, eta 0.1": Run(scratch | dict(per_sample=False, inner_lr=0.1), ("nats",)),
-                 "scratch mdlm, 4 x steps": Run(scratch | off | dict(steps=4 * size.scratch), ("nats",)),
-                 "scratch memdlm, 4 x steps": Run(scratch | dict(steps=4 * size.scratch), ("nats",)),
-                 "scratch mdlm, wide": Run(scratch | off | dict(width=128), ("nats",)),
-                 "scratch memdlm, wide": Run(scratch | dict(width=128), ("nats",))}
+        runs |= far_tuned_runs(size) | larger_base_runs(size) | far_scratch_runs(size)
     return runs
 
 
+def main_runs(size):
+    """The three settings, each with memory and without."""
+    tuned, scratch, closed = tuned_recipe(size), scratch_recipe(size), closed_recipe(size)
+    half, same_compute = size.tuned // 2, int(size.scratch * 1.8)
+    tuned_measures = ("retrieval", "nats", "exposure", "bins")
+    scratch_measures = ("nats", "exposure", "bins", "order")
+    return {
+        "base": Run(base_recipe(size), ("retrieval",)),
+        "mdlm": Run(tuned | OFF, tuned_measures),
+        "memdlm": Run(tuned, (*tuned_measures, "anchor_ratios", "inner", "where", "needle")),
+        "mdlm, lr x 0.5": Run(tuned | OFF | dict(lr=5e-4), SHORT),
+        "mdlm, lr x 0.3": Run(tuned | OFF | dict(lr=3e-4), SHORT),
+        "mdlm, half the steps": Run(tuned | OFF | dict(steps=half), SHORT),
+        "scratch mdlm": Run(scratch | OFF, scratch_measures),
+        "scratch memdlm": Run(scratch, (*scratch_measures, "inner")),
+        "scratch mdlm, same compute": Run(scratch | OFF | dict(steps=same_compute), ("nats",)),
+        "closed memdlm": Run(closed, ("recall", "needle")),
+        "closed mdlm": Run(closed | OFF, ("recall",)),
+        "open mdlm": Run(closed | OFF | dict(closed_book=False), ("recall",)),
+    }
+
+
+def lora_runs(size):
+    """Tuned as the paper tunes: by a LoRA, on a base whose weights stay."""
+    with_memory = tuned_recipe(size) | LORA
+    without = with_memory | OFF
+    return {
+        "lora mdlm": Run(without, ("retrieval", "nats")),
+        "lora memdlm": Run(with_memory, ("retrieval", "nats")),
+        "lora mdlm, lr x 0.5": Run(without | dict(lr=5e-4), SHORT),
+        "lora mdlm, lr x 2": Run(without | dict(lr=2e-3), SHORT),
+        "lora mdlm, same compute": Run(without | dict(steps=int(size.tuned * 2.4)), SHORT),
+    }
+
+
+def far_tuned_runs(size):
+    """Tuned far from the defaults: other learning rates, other etas, a phi that samples share."""
+    tuned, runs = tuned_recipe(size), {}
+    for lr, etas in ((1e-3, (0.003, 0.01, 0.1)), (3e-4, (0.03, 0.1, 0.3)), (1e-4, (0.1,))):
+        for eta in etas:
+            runs[f"memdlm, lr {lr:g}, eta {eta:g}"] = Run(tuned | dict(lr=lr, inner_lr=eta), SHORT)
+    shared, from_prompt = dict(per_sample=False, inner_lr=0.1), dict(memory_from="prompt")
+    return runs | {
+        "mdlm, lr 0.0001": Run(tuned | OFF | dict(lr=1e-4), SHORT),
+        "memdlm, shared, eta 0.1": Run(tuned | shared, SHORT),
+        "mdlm, batch 4": Run(tuned | OFF | dict(batch=4), SHORT),
+        "memdlm, shared by 4, eta 0.1": Run(tuned | shared | dict(batch=4), SHORT),
+        "lora memdlm, eta 0.01": Run(tuned | LORA | dict(inner_lr=0.01), SHORT),
+        "lora memdlm, eta 0.1": Run(tuned | LORA | dict(inner_lr=0.1), SHORT),
+        "memdlm from the prompt": Run(tuned | WRITTEN_FROM["prompt"] | from_prompt, SHORT),
+    }
+
+
+def larger_base_runs(size):
+    """A deeper base and a base that was trained longer, each tuned by a LoRA."""
+    runs = {}
+    for what, layers, steps in (("4 layers", 4, size.base), ("3 x steps", 2, 3 * size.base)):
+        base = base_recipe(size) | dict(layers=layers, steps=steps)
+        tuned = tuned_recipe(size) | LORA | dict(from_run=f"base, {what}", layers=layers)
+        runs |= {f"base, {what}": Run(base, ("retrieval",)),
+                 f"lora mdlm, {what}": Run(tuned | OFF, ("retrieval", "nats")),
+                 f"lora memdlm, {what}": Run(tuned, ("retrieval", "nats"))}
+    slower = runs["lora mdlm, 4 layers"].settings | dict(lr=5e-4)
+    return runs | {"lora mdlm, 4 layers, lr x 0.5": Run(slower, SHORT)}
+
+
+def far_scratch_runs(size):
+    """From scratch far from the defaults: other etas, more steps, a wider model."""
+    scratch, longer = scratch_recipe(size), dict(steps=4 * size.scratch)
+    runs = {f"scratch memdlm, eta {eta:g}": Run(scratch | dict(inner_lr=eta), ("nats_short",))
+            for eta in (0.01, 0.03, 0.1)}
+    changes = {
+        "scratch memdlm, shared, eta 0.1": dict(per_sample=False, inner_lr=0.1),
+        "scratch mdlm, 4 x steps": OFF | longer,
+        "scratch memdlm, 4 x steps": longer,
+        "scratch mdlm, wide": OFF | dict(width=128),
+        "scratch memdlm, wide": dict(width=128),
+    }
+    return runs | {name: Run(scratch | change, ("nats",)) for name, change in changes.items()}
+
+
+def run_folder(folder, seed, name):
+    return folder / str(seed) / name
+
+
 def settings_of(run, seed, folder):
-    common = dict(seed=seed, threads=1, control=False, table_samples=0, sample_every=0, log_every=5)
-    base = dict(from_run=str(folder / str(seed) / run.settings["from_run"])) if "from_run" in run.settings else {}
-    return Settings(**{**run.settings, **common, **base})
+    """The settings with which a run is trained for one seed."""
+    values = run.settings | dict(
+        seed=seed, threads=1, control=False, table_samples=0, sample_every=0, log_every=5)
+    if "from_run" in values:
+        values["from_run"] = str(run_folder(folder, seed, values["from_run"]))
+    return Settings(**values)
 
 
-def finished_measures(folder, s):
-    """The measures of a finished run with exactly these settings, or None."""
-    path = folder / "measures.json"
-    if not path.exists():
-        return None
-    saved = json.loads(path.read_text())
-    return saved if saved.pop("settings") == asdict(s) else None
+def estimate_cost(run):
+    """About how long a run takes, in units of its own, for the progress bar and the order."""
+    s = run.settings
+    samples = s["steps"] * s.get("batch", 32)
+    with_memory = 2.5 if s.get("memory", True) else 1
+    wide = 3 if s.get("width") == 128 else 1
+    return samples * with_memory * wide / 32 + 60 * len(run.measures)
 
+
+# ---- One run ------------------------------------------------------------------------------------
 
 def train_and_measure(s, measures, folder, size):
-    """One run: train, measure, write measures.json. In a process of its own, with everything it prints in log.txt."""
+    """Train one model, measure it and write measures.json, in a process of its own.
+
+    All that it prints goes to log.txt in its folder. A run whose loss did not stay finite has
+    {"diverged": 1.0} for its measures.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     out = {"settings": asdict(s)}
-    with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with open(folder / "log.txt", "w") as log, \
+            contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             train(s, folder, can_resume(folder, s), SimpleNamespace(signal=None), Processes())
-        except SystemExit:  # its reason is in the log: a loss that is not finite
+        except SystemExit:  # the log has the reason: a loss that is not finite
             out["diverged"] = 1.0
         else:
             _, _, model = open_run(folder)
-            out |= dynamics(folder)
+            out |= read_training_curve(folder)
             for name in measures:
                 out |= MEASURES[name](s, model, size)
     write_whole(folder / "measures.json", lambda path: path.write_text(json.dumps(out) + "\n"))
@@ -165,56 +260,91 @@ def can_resume(folder, s):
         return False
 
 
-def quiet():
-    """A worker leaves Ctrl-C to the one who hands out the work."""
+def read_measures(folder, s):
+    """The measures of a finished run with exactly these settings, or None."""
+    path = folder / "measures.json"
+    if not path.exists():
+        return None
+    measures = json.loads(path.read_text())
+    return measures if measures.pop("settings") == asdict(s) else None
+
+
+# ---- All runs -----------------------------------------------------------------------------------
+
+def run_all(size, folder, jobs, seeds, only=None):
+    """Train and measure what is not finished yet, `jobs` runs at a time.
+
+    only: names of runs, in place of all that are planned.
+    Returns {name: [the measures of each seed]}.
+    """
+    runs = {name: run for name, run in plan_runs(size).items() if only is None or name in only}
+
+    def read(name, seed):
+        s = settings_of(runs[name], seed, folder)
+        return read_measures(run_folder(folder, seed, name), s)
+
+    todo = {(name, seed): runs[name] for seed in range(seeds) for name in runs
+            if read(name, seed) is None}
+    total = round(sum(estimate_cost(run) for run in todo.values()))
+    bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with tqdm(total=total, unit="", bar_format=bar_format, disable=not todo) as bar, \
+            worker_pool(jobs) as pool:
+        work_through(todo, folder, size, jobs, pool, bar)
+    return {name: [read(name, seed) for seed in range(seeds)] for name in runs}
+
+
+def work_through(todo, folder, size, jobs, pool, bar):
+    """Hand out the runs {(name, seed): Run} to the pool, until all of them are finished."""
+    running = {}  # future -> name, seed and run
+    while todo or running:
+        busy = {(name, seed) for name, seed, _ in running.values()}
+        for name, seed in pick_next(todo, busy)[:max(0, 2 * jobs - len(running))]:
+            run = todo.pop((name, seed))
+            future = pool.submit(train_and_measure, settings_of(run, seed, folder), run.measures,
+                                 run_folder(folder, seed, name), size)
+            running[future] = name, seed, run
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            name, _, run = running.pop(future)
+            future.result()  # raises what the run raised
+            bar.update(round(estimate_cost(run)))
+            bar.set_description(f"{len(todo) + len(running)} runs left, last: {name}")
+
+
+def pick_next(todo, busy):
+    """The runs that may start now, because the base of each is there. [(name, seed)]
+
+    Bases come first, then the longest runs, so that the end does not wait for one of them.
+    """
+    unfinished = busy | todo.keys()
+    ready = [(name, seed) for (name, seed), run in todo.items()
+             if (run.settings.get("from_run"), seed) not in unfinished]
+    return sorted(ready, key=lambda key: ("base" not in key[0], -estimate_cost(todo[key])))
+
+
+@contextlib.contextmanager
+def worker_pool(jobs):
+    """Processes that train. Whatever stops the caller stops them too, at once."""
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"),
+                               initializer=ignore_interrupts)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    pool.shutdown()
+
+
+def ignore_interrupts():
+    """Ctrl-C reaches all processes. A worker leaves it to the one that hands out the runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def cost(run):
-    """Roughly, for the bar."""
-    s = run.settings
-    memory, width = s.get("memory", True), 3 if s.get("width") == 128 else 1
-    return s["steps"] * s.get("batch", 32) * (2.5 if memory else 1) * width / 32 + 60 * len(run.measures)
-
-
-def run_all(size, folder, jobs, seeds, only=None):
-    """All runs of all seeds, `jobs` at a time, each after the base it starts from. Returns {name: [measures of each seed]}."""
-    runs = {name: run for name, run in plan(size).items() if only is None or name in only}
-    todo = {(name, seed): run for seed in range(seeds) for name, run in runs.items()
-            if finished_measures(folder / str(seed) / name, settings_of(run, seed, folder)) is None}
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=quiet)
-    running, total = {}, sum(cost(run) for run in todo.values())
-    with tqdm(total=round(total), unit="", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-              disable=not todo) as bar:
-        try:
-            while todo or running:
-                waits = {*todo, *running.values()}
-                ready = [key for key in todo if (todo[key].settings.get("from_run"), key[1]) not in waits]
-                # Bases and the long ones first, so that the end does not wait for one.
-                for key in sorted(ready, key=lambda key: ("base" not in key[0],
-                                                          -cost(todo[key])))[:max(0, 2 * jobs - len(running))]:
-                    run = todo.pop(key)
-                    s = settings_of(run, key[1], folder)
-                    running[pool.submit(train_and_measure, s, run.measures, folder / str(key[1]) / key[0], size)] = key
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    name, seed = running.pop(future)
-                    future.result()
-                    bar.update(round(cost(runs[name])))
-                    bar.set_description(f"{len(todo) + len(running)} runs left, last: {name}")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-    pool.shutdown()
-    return {name: [finished_measures(folder / str(seed) / name, settings_of(run, seed, folder)) for seed in range(seeds)]
-            for name, run in runs.items()}
-
-
 def run_claims(quick, jobs, seeds, out):
-    """All of it: runs, verdicts, report. Returns the path of the report."""
-    from paper.report import report
+    """Do all of it: runs, verdicts, report. Returns the path of the report."""
+    from paper.report import write_report
     name = "quick" if quick else "full"
     size, folder = SIZES[name], Path(out) / name
     try:
@@ -222,4 +352,4 @@ def run_claims(quick, jobs, seeds, out):
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on with what is left", file=sys.stderr)
         sys.exit(130)
-    return report(results, size, folder)
+    return write_report(results, size, folder)

@@ -1,34 +1,42 @@
-"""The claims, their statistics and the report, on made-up results with known answers; and the runs themselves, in tiny."""
+"""The paper's claims, their statistics and the report, on made-up results with known answers.
+
+At the end the runs themselves, in tiny.
+"""
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import evaluate
-from paper import runs as paper
-from paper.claims import T95, claims, judged, paired, summary, verdict
-from paper.report import FAR, PAPER, page, report
+from paper import runs
+from paper.claims import CLAIMS, T95, judge, judge_claims, subtract, summarise
+from paper.report import FAR, PAPER, build_page, write_report
 
-TINY = paper.Size(2, 2, 2, 2, 2, 3, (20, 24, 32, 40), True)
+TINY = runs.Size(2, 2, 2, 2, 2, 3, (20, 24, 32, 40), True)
 
+
+# ---- Statistics ---------------------------------------------------------------------------------
 
 def test_quantiles_of_t_hold_95_percent():
     for freedom, t in T95.items():
         x = torch.linspace(0, t, 200_001, dtype=torch.float64)
         density = (1 + x * x / freedom) ** (-(freedom + 1) / 2)
-        scale = torch.lgamma(torch.tensor((freedom + 1) / 2)) - torch.lgamma(torch.tensor(freedom / 2))
-        inside = 2 * float(torch.trapezoid(density, x)) * float(scale.exp()) / (freedom * torch.pi) ** 0.5
+        above = torch.lgamma(torch.tensor((freedom + 1) / 2))
+        scale = (above - torch.lgamma(torch.tensor(freedom / 2))).exp()
+        half = float(torch.trapezoid(density, x)) * float(scale)
+        inside = 2 * half / (freedom * torch.pi) ** 0.5
         assert abs(inside - 0.95) < 5e-5, freedom
 
 
-def test_summary_by_hand():
-    mean, error, half = summary([1.0, 2.0, 6.0])  # variance 7, standard error sqrt(7 / 3)
-    assert mean == 3 and abs(error - (7 / 3) ** 0.5) < 1e-12 and abs(half - 4.303 * (7 / 3) ** 0.5) < 1e-12
+def test_a_summary_by_hand():
+    mean, error, half = summarise([1.0, 2.0, 6.0])  # variance 7, standard error sqrt(7 / 3)
+    assert mean == 3
+    assert abs(error - (7 / 3) ** 0.5) < 1e-12
+    assert abs(half - 4.303 * (7 / 3) ** 0.5) < 1e-12
 
 
-@pytest.mark.parametrize("differences, expect, word", [
+@pytest.mark.parametrize("differences, expect, verdict", [
     ([0.1, 0.11, 0.12], "more", "reproduced"),
     ([0.1, 0.11, 0.12], "less", "reversed"),
     ([-0.1, -0.11, -0.12], "less", "reproduced"),
@@ -38,115 +46,147 @@ def test_summary_by_hand():
     ([0.001, -0.001, 0.0], "same", "reproduced"),
     ([0.1, 0.11, 0.12], "same", "reversed"),
     ([0.1, -0.1, 0.0], "same", "not reproduced"),
-    ([0.3], "more", "not run"), ([], "more", "not run")])
-def test_verdicts(differences, expect, word):
-    assert verdict(differences, expect) == word
+    ([0.3], "more", "not run"),
+    ([], "more", "not run"),
+])
+def test_verdicts(differences, expect, verdict):
+    assert judge(differences, expect) == verdict
 
 
-def test_a_false_positive_is_as_rare_as_said():
+def test_a_false_positive_is_as_rare_as_the_report_says():
     noise = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0)).tolist()
-    words = [verdict(row, "more") for row in noise]
-    assert abs(words.count("reproduced") / 4000 - 0.025) < 0.01 and abs(words.count("reversed") / 4000 - 0.025) < 0.01
+    verdicts = [judge(differences, "more") for differences in noise]
+    assert abs(verdicts.count("reproduced") / 4000 - 0.025) < 0.01
+    assert abs(verdicts.count("reversed") / 4000 - 0.025) < 0.01
 
 
 def test_seeds_are_paired_and_gaps_left_out():
-    results = {"a": [{"x": 1.0}, None, {"x": 3.0}, {"x": 9.0}], "b": [{"x": 0.5}, {"x": 7.0}, {"x": 2.0}, {}]}
-    assert paired(results, ("a", "x"), ("b", "x")) == [0.5, 1.0]
-    assert paired(results, ("a", "x"), ("nobody", "x")) == []
+    results = {"a": [{"x": 1.0}, None, {"x": 3.0}, {"x": 9.0}],
+               "b": [{"x": 0.5}, {"x": 7.0}, {"x": 2.0}, {}]}
+    assert subtract(results, ("a", "x"), ("b", "x")) == [0.5, 1.0]
+    assert subtract(results, ("a", "x"), ("nobody", "x")) == []
 
 
-def made_up(effect):
-    """Results in which every measure of every claim is equal, but for MemDLM's retrieval at trained lengths without phi."""
+# ---- Claims -------------------------------------------------------------------------------------
+
+PLANTED = ("memdlm", "in alone")
+
+
+def made_up_results(effect):
+    """Results without any difference, but for an effect in MemDLM's retrieval without phi."""
     results = {}
-    for seed in range(5):
-        for claim in claims():
-            for run, key in (claim.first, claim.second):
-                seeds = results.setdefault(run, [{} for _ in range(5)])
-                seeds[seed][key] = 0.4 + 0.01 * seed + (effect + 0.001 * seed if (run, key) == ("memdlm", "in alone") else 0)
+    for claim in CLAIMS:
+        for run, key in (claim.first, claim.second):
+            seeds = results.setdefault(run, [{} for _ in range(5)])
+            for seed, measures in enumerate(seeds):
+                extra = effect + 0.001 * seed if (run, key) == PLANTED else 0
+                measures[key] = 0.4 + 0.01 * seed + extra
     return results
 
 
-def test_a_planted_effect_is_found_where_it_is_and_nowhere_else():
-    for effect, word in ((0.1, "reproduced"), (-0.1, "reversed")):
-        rows = judged(made_up(effect))
-        touched = [row for row in rows if ["memdlm", "in alone"] in (row["first"], row["second"])]
-        assert len(touched) > 3 and rows[0]["verdict"] == word and rows[0]["agree"] == ("5 of 5" if effect > 0 else "0 of 5")
-        for row in rows:
-            if row not in touched:
-                assert row["verdict"] == ("reproduced" if row["expect"] == "same" else "not reproduced"), row
+@pytest.mark.parametrize("effect, verdict, agree", [(0.1, "reproduced", "5 of 5"),
+                                                    (-0.1, "reversed", "0 of 5")])
+def test_a_planted_effect_is_found_where_it_is_and_nowhere_else(effect, verdict, agree):
+    rows = judge_claims(made_up_results(effect))
+    touched = [row for row in rows if list(PLANTED) in (row["first"], row["second"])]
+    assert len(touched) > 3 and rows[0]["verdict"] == verdict and rows[0]["agree"] == agree
+    for row in rows:
+        if row not in touched:
+            nothing = "reproduced" if row["expect"] == "same" else "not reproduced"
+            assert row["verdict"] == nothing, row
 
 
 def test_every_run_that_a_claim_or_table_names_is_in_the_plan():
-    runs = paper.plan(paper.SIZES["full"])
-    named = {place[0] for claim in claims() for place in (claim.first, claim.second)} | set(PAPER)
-    assert named | {run for _, memory, plain in FAR for run in (memory, plain)} <= set(runs)
-    bases = {run.settings["from_run"] for run in runs.values() if "from_run" in run.settings}
-    assert bases == {"base", "base, 4 layers", "base, 3 x steps"} and bases <= set(runs)
-    assert set(runs) - named - bases - {run for row in FAR for run in row[1:]} == set()  # and none is made for nothing
-    left_out = named - set(paper.plan(paper.SIZES["quick"]))
-    assert left_out == {f"{run}, {what}" for run in ("lora mdlm", "lora memdlm") for what in ("4 layers", "3 x steps")} | {
-        "lora mdlm, 4 layers, lr x 0.5"}
-    assert not left_out & {row["first"][0] for row in judged({name: [] for name in paper.plan(paper.SIZES["quick"])})}
+    plan, quick = runs.plan_runs(runs.SIZES["full"]), runs.plan_runs(runs.SIZES["quick"])
+    in_claims = {run for claim in CLAIMS for run, _ in (claim.first, claim.second)}
+    named = in_claims | set(PAPER)
+    far = {run for _, *pair in FAR for run in pair}
+    bases = {run.settings["from_run"] for run in plan.values() if "from_run" in run.settings}
+    assert bases == {"base", "base, 4 layers", "base, 3 x steps"}
+    assert set(plan) == named | far | bases, "and none is made for nothing"
+    left_out = named - set(quick)
+    assert left_out == {
+        "lora mdlm, 4 layers", "lora memdlm, 4 layers", "lora mdlm, 3 x steps",
+        "lora memdlm, 3 x steps", "lora mdlm, 4 layers, lr x 0.5"}
+    rows = judge_claims({name: [] for name in quick})
+    assert not left_out & {row["first"][0] for row in rows}
 
 
-def test_runs_are_done_once_and_again_only_if_they_would_differ(tmp_path):
-    def times():
-        return {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.rglob("measures.json")}
-    first = paper.run_all(TINY, tmp_path, 1, 1, ["base", "mdlm, half the steps"])
-    before = times()
-    assert set(before) == {"base", "mdlm, half the steps"}
-    again = paper.run_all(TINY, tmp_path, 1, 1, ["base", "mdlm, half the steps"])
-    assert times() == before and again == first
-    (tmp_path / "0" / "mdlm, half the steps" / "measures.json").unlink()  # as if it had been cut off while measuring
-    assert paper.run_all(TINY, tmp_path, 1, 1, ["base", "mdlm, half the steps"]) == first
-    assert times()["base"] == before["base"]
-    paper.run_all(TINY._replace(tuned=6), tmp_path, 1, 1, ["base", "mdlm, half the steps"])
-    assert times()["base"] == before["base"] and times() != before
+# ---- The report ---------------------------------------------------------------------------------
 
-
-def test_a_run_that_diverges_is_recorded_and_not_counted(tmp_path):
-    s = paper.settings_of(paper.Run(dict(data="languages", memory=False, steps=3, lr=1e30, warmup=0.0), ()), 0, tmp_path)
-    paper.train_and_measure(s, ("nats",), tmp_path / "0" / "x", TINY)
-    saved = paper.finished_measures(tmp_path / "0" / "x", s)
-    assert saved == {"diverged": 1.0} and "not finite" in (tmp_path / "0" / "x" / "log.txt").read_text()
-
-
-def test_page_escapes_everything():
+def test_the_page_escapes_everything():
     nasty = "<script>' onload='x\"&"
-    text = page(nasty, nasty, [(nasty, nasty, [[nasty], [nasty]], [(nasty, b"png")])])
+    section = (nasty, nasty, [[nasty], [nasty]], [(nasty, b"png")])
+    text = build_page(nasty, nasty, [section])
     assert nasty not in text and "<script" not in text and "' onload='" not in text
     assert text.count("&lt;script&gt;&#x27; onload=&#x27;x&quot;&amp;") == 9
 
 
-@pytest.mark.slow
-def test_the_whole_thing_in_tiny(tmp_path, capsys):
-    """All runs with a few steps: every claim and every table cell gets its number, and the report holds them."""
-    results = paper.run_all(TINY, tmp_path, 2, 2)
-    rows = judged(results)
-    assert [row["claim"] for row in rows if "mean" not in row] == []
-    where = report(results, TINY, tmp_path / "out")
-    text, summary_text = where.read_text(), (tmp_path / "out" / "summary.md").read_text()
-    assert text.count("data:image/png;base64") == 8 and "http" not in text
-    assert "| - |" not in summary_text.split("## How far")[0] and "nan" not in summary_text
-    for row in rows:
-        assert row["claim"] in summary_text
-    values = json.loads((tmp_path / "out" / "values.json").read_text())
-    assert values["runs"]["mdlm"][1]["in alone"] == round(results["mdlm"][1]["in alone"], 5)
-
-
-def test_command_line(cli, monkeypatch, tmp_path):
-    code, _, err = cli(evaluate, "--paper", "toy", "--jobs", "0")
-    assert code == 2 and "at least 1" in err and len(err.splitlines()) == 1
-    monkeypatch.setitem(paper.SIZES, "quick", TINY)
-    monkeypatch.setattr(paper, "plan", lambda size, plan=paper.plan: {
-        k: r for k, r in plan(size).items() if k in ("base", "mdlm")})
-    code, out, err = cli(evaluate, "--paper", "toy", "--quick", "--jobs", "1", "--seeds", "1", "--out", "p")
-    assert code == 0 and "Fig. 5" in out and (tmp_path / "p/quick/report.html").exists()
-
-
-def test_readme_quotes_the_summary():
+def test_the_readme_quotes_the_summary():
     root = Path(__file__).parent.parent
-    readme, whole = (root / "README.md").read_text(), (root / "results" / "paper_toy.md").read_text()
+    readme = (root / "README.md").read_text()
+    whole = (root / "results" / "paper_toy.md").read_text()
     section = readme.split("## Ours against the paper's")[1].split("\n## ")[0]
     quoted = [line for line in section.splitlines() if line.startswith("| ") and "±" in line]
     assert len(quoted) > 20 and all(line in whole for line in quoted)
+
+
+# ---- The runs -----------------------------------------------------------------------------------
+
+def test_a_run_is_made_again_only_if_it_would_differ(tmp_path):
+    shorter = "mdlm, half the steps"
+
+    def run(size=TINY):
+        return runs.run_all(size, tmp_path, 1, 1, ["base", shorter])
+
+    def times():
+        return {path.parent.name: path.stat().st_mtime_ns
+                for path in tmp_path.rglob("measures.json")}
+
+    first, before = run(), times()
+    assert set(before) == {"base", shorter}
+    assert run() == first and times() == before
+    # As if it had been cut off while it was measured.
+    (tmp_path / "0" / shorter / "measures.json").unlink()
+    assert run() == first and times()["base"] == before["base"]
+    run(TINY._replace(tuned=6))
+    assert times()["base"] == before["base"] and times() != before
+
+
+def test_a_run_that_diverges_is_recorded_and_not_counted(tmp_path):
+    values = dict(data="languages", memory=False, steps=3, lr=1e30, warmup=0.0)
+    s, folder = runs.settings_of(runs.Run(values, ()), 0, tmp_path), tmp_path / "0" / "x"
+    runs.train_and_measure(s, ("nats",), folder, TINY)
+    assert runs.read_measures(folder, s) == {"diverged": 1.0}
+    assert "not finite" in (folder / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_the_whole_thing_in_tiny(tmp_path, capsys):
+    """All runs with a few steps: every claim and table cell gets a number; the report has it."""
+    results = runs.run_all(TINY, tmp_path, 2, 2)
+    rows = judge_claims(results)
+    assert [row["claim"] for row in rows if "mean" not in row] == []
+    page = write_report(results, TINY, tmp_path / "out").read_text()
+    assert page.count("data:image/png;base64") == 8 and "http" not in page
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "| - |" not in summary.split("## How far")[0] and "nan" not in summary
+    for row in rows:
+        assert row["claim"] in summary
+    values = json.loads((tmp_path / "out" / "values.json").read_text())
+    measures = results["mdlm"][1]
+    assert values["runs"]["mdlm"][1]["in alone"] == round(measures["in alone"], 5)
+
+
+def test_the_command_line(cli, monkeypatch, tmp_path):
+    code, _, err = cli(evaluate, "claims", "--jobs", "0")
+    assert code == 2 and "at least 1" in err and len(err.splitlines()) == 1
+
+    def plan_two(size, plan_runs=runs.plan_runs):
+        return {name: run for name, run in plan_runs(size).items() if name in ("base", "mdlm")}
+
+    monkeypatch.setitem(runs.SIZES, "quick", TINY)
+    monkeypatch.setattr(runs, "plan_runs", plan_two)
+    flags = ["--quick", "--jobs", "1", "--seeds", "1", "--out", "p"]
+    code, out, err = cli(evaluate, "claims", *flags)
+    assert code == 0 and "Fig. 5" in out and (tmp_path / "p/quick/report.html").exists()

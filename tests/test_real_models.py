@@ -271,13 +271,13 @@ def test_the_middle_sized_steps_cost_what_they_may():
     """FLOPs of a MemDLM step on the shapes and lengths of the published code's measurement: at most 0.72 of its 116.7 GFLOP at
     8k words (0.60 of 194.0 at 32k, which takes longer to count). And the paper count by hand is what is counted."""
     torch.set_num_threads(1)
-    case = bench.middle("llada-moe", 8192)
+    case = bench.middle_case("llada-moe", 8192)
     works = bench.steps_of(case)
-    counts = [bench.flops(lambda: works["MemDLM"](seed)) / 1e9 for seed in range(2)]
+    counts = [bench.count_flops(lambda: works["MemDLM"](seed)) / 1e9 for seed in range(2)]
     assert sum(counts) / 2 < 0.72 * 116.7
     batch, backbone = case.batch(0), case.backbone.eval()
     with torch.no_grad():
-        counted = bench.flops(lambda: memdlm.upper_layers(backbone, case.s, memdlm.lower_layers(backbone, case.s, batch.x0, batch.valid), batch.valid, None))
+        counted = bench.count_flops(lambda: memdlm.upper_layers(backbone, case.s, memdlm.lower_layers(backbone, case.s, batch.x0, batch.valid), batch.valid, None))
     layer, head = bench.forward_flops(backbone.config, 2 * 512, 512)
     assert abs(counted / (8 * layer) - 1) < 0.02 and head == 2 * 1024 * 256 * 8192
 
