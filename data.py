@@ -1,4 +1,31 @@
-"""Samples and batches, and the reader of files that people have."""
+"""Samples, batches, and the reader of data files that people have.
+
+A *sample* is one task as token ids: a prompt, and the rest, where some tokens are the answer. The
+answer is noised in training and decoded afterwards. A *batch* is several samples, padded on the
+right: `Batch` of memdlm.py, which `collate` makes.
+
+Training and evaluation ask the following of their data. toy/data.py's `ToyData` has it, and so
+has `ChatData` of backbones/text.py.
+
+    train(rng, progress, number)    Sample to train on. `number` counts the samples of a run. Data
+                                    that has an end goes through all samples in turn. Other data
+                                    draws one from rng. progress, from 0 to 1, is the share of the
+                                    steps done: generated tasks grow harder with it.
+    test(column, name, number)      held-out Sample `number` of a column, the same for every model.
+                                    Other uses (sample, example ...) have other names.
+    tests(column, numbers, closed_book, name)
+                                    those held-out samples as one Batch
+    columns                         {label: what it means to the data}, the columns of a table
+    metric                          what a table shows: "accuracy", the share of answer tokens that
+                                    decoding gets right; or "nats", the cross-entropy of each
+    pairs                           {"train": [Sample], "test": [Sample]} of data that has an end,
+                                    else None
+    ask(prompt, question, length)   a user's texts -> Sample with gaps to fill; ValueError says
+                                    what is wrong with the texts
+    tokenizer                       encode, decode, pieces, eos_id
+    kind, words                     what the data is; whether a token is a word, shown with spaces
+    note                            one line for the user: what was read and what was left out
+"""
 from __future__ import annotations
 
 import json
@@ -10,7 +37,7 @@ import torch
 from files import fetch_from_hub
 from memdlm import Batch
 
-PAD = 0  # what fills up a row; never read, for `valid` is False there
+PAD = 0  # the id that fills up a sample. No one reads it: `valid` is False there.
 
 
 class Sample(NamedTuple):
@@ -21,31 +48,58 @@ class Sample(NamedTuple):
     answer: list[bool]  # which tokens of `rest` are answer: noised in training, then decoded
 
 
-def pad(rows, filler):
-    """Rows of different lengths -> [B, L], filled up on the right."""
-    longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
-
+# ---- Batches ------------------------------------------------------------------------------------
 
 def collate(samples, seeds, closed_book):
-    """Samples -> Batch. With closed_book the prompt is left out of x0 and only stands in `prompt`."""
-    rows = [(s.rest, s.answer) if closed_book else (s.prompt + s.rest, [False] * len(s.prompt) + s.answer)
-            for s in samples]
-    prompts = [s.prompt for s in samples]
-    return Batch(x0=pad([ids for ids, _ in rows], PAD), maskable=pad([answer for _, answer in rows], False),
-                 valid=pad([[True] * len(ids) for ids, _ in rows], False), seeds=list(seeds),
-                 prompt=pad(prompts, PAD), prompt_valid=pad([[True] * len(p) for p in prompts], False))
+    """B samples with their seeds -> Batch. A closed book leaves the prompt out of x0.
 
+    Prompt "a b", rest "? c d", with "c d" for the answer, beside a shorter sample:
+
+                closed_book=False       closed_book=True
+        x0          a b ? c d               ? c d
+                    a ? c _ _               ? c _
+        maskable    0 0 0 1 1               0 1 1
+                    0 0 1 0 0               0 1 0
+    """
+    texts, answers = [], []
+    for sample in samples:
+        prompt = [] if closed_book else sample.prompt
+        texts.append(prompt + sample.rest)
+        answers.append([False] * len(prompt) + sample.answer)
+    prompts = [sample.prompt for sample in samples]
+    return Batch(
+        x0=pad(texts, PAD), maskable=pad(answers, False), valid=where_tokens(texts),
+        seeds=list(seeds), prompt=pad(prompts, PAD), prompt_valid=where_tokens(prompts))
+
+
+def pad(lists, filler):
+    """Lists of different lengths -> [B, L], filled up on the right."""
+    longest = max(len(some) for some in lists)
+    return torch.tensor([[*some, *[filler] * (longest - len(some))] for some in lists])
+
+
+def where_tokens(lists):
+    """[B, L] bool, False on the padding."""
+    return pad([[True] * len(some) for some in lists], False)
+
+
+# ---- Data files ---------------------------------------------------------------------------------
 
 def find_data_file(name):
-    """A .json or .jsonl file, or the hub's id of a data set that holds exactly one -> path."""
+    """The path of a .json or .jsonl file: `name` itself, or the only one of a data set on the hub.
+
+    ValueError if the data set cannot be fetched or holds another number of files.
+    """
     if Path(name).is_file():
         return name
-    folder = fetch_from_hub(name, "dataset", ["*.json", "*.jsonl"], "--data FILE.jsonl, with prompt and response (or instruction and "
-                      "output, or messages) in each line")
-    found = sorted(p for p in folder.rglob("*.json*") if p.name not in ("dataset_infos.json", "config.json"))
+    instead = ("--data FILE.jsonl, with prompt and response (or instruction and output, or "
+               "messages) in each line")
+    folder = fetch_from_hub(name, "dataset", ["*.json", "*.jsonl"], instead)
+    found = sorted(path for path in folder.rglob("*.json*")
+                   if path.name not in ("dataset_infos.json", "config.json"))
     if len(found) != 1:
-        raise ValueError(f"data set {name} has {len(found)} JSON files ({', '.join(p.name for p in found[:5])}); download one "
+        some = ", ".join(path.name for path in found[:5])
+        raise ValueError(f"data set {name} has {len(found)} JSON files ({some}); download one "
                          "and give it with --data FILE.json")
     return str(found[0])
 
@@ -56,10 +110,13 @@ def read_records(path, parse, skip_bad=False):
     Errors are one-line ValueErrors with the line (in an array: the record) at fault; with
     skip_bad such records are skipped and counted instead.
     """
+    text = _read_text(path)
+    is_array = text.lstrip().startswith("[")
+    places = _split_array(path, text) if is_array else _split_lines(text)
     records, skipped = [], 0
-    for place, load in _records(path, _read_text(path)):
+    for place, part in places:
         try:
-            records.append(parse(load()))
+            records.append(parse(part if is_array else _load_json(part)))
         except (ValueError, RecursionError) as error:
             if not skip_bad:
                 # JSON's own message would add a line number counted within this line.
@@ -84,26 +141,37 @@ def _read_text(path):
         raise ValueError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
 
 
-def _records(path, text):
-    """For each record its place in the file and a function that gives its parsed JSON."""
-    if not text.lstrip().startswith("["):
-        # Not splitlines(), which would also split at line separators inside a JSON text.
-        lines = [line.strip() for line in text.split("\n")]
-        return [(f"line {n}", lambda line=line: json.loads(line, object_pairs_hook=_unique))
-                for n, line in enumerate(lines, 1) if line]
+def _split_lines(text):
+    """The lines of a JSONL file that are not blank: [("line 1", text), ...]."""
+    # Not splitlines(), which would also split at line separators inside a JSON text.
+    lines = [line.strip() for line in text.split("\n")]
+    return [(f"line {n}", line) for n, line in enumerate(lines, 1) if line]
+
+
+def _split_array(path, text):
+    """The records of a JSON array, parsed: [("record 1", record), ...]."""
     try:
-        records = json.loads(text, object_pairs_hook=_unique)
+        records = _load_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: JSON array: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: unusable JSON array: {error}") from None
-    return [(f"record {n}", lambda record=record: record) for n, record in enumerate(records, 1)]
+    return [(f"record {n}", record) for n, record in enumerate(records, 1)]
 
 
-def _unique(pairs):
-    """A JSON object whose names differ: of two fields of one name it is not known which was meant."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-        raise ValueError(f"{twice!r} stands twice in a record")
+def _load_json(text):
+    """Parsed JSON. ValueError if two fields of an object have one name."""
+    return json.loads(text, object_pairs_hook=_make_object)
+
+
+def _make_object(pairs):
+    """The fields of a JSON object as a dict.
+
+    JSON itself would keep the last of two fields with one name. Nobody knows which was meant.
+    """
+    record = {}
+    for name, value in pairs:
+        if name in record:
+            raise ValueError(f"{name!r} stands twice in a record")
+        record[name] = value
     return record

@@ -9,10 +9,12 @@
     python evaluate.py claims                 every claim of the paper on the toy, with verdicts
     python evaluate.py lm_eval ...            lm-evaluation-harness's own command line
 
-`python evaluate.py COMMAND --help` says what each takes.
+`python evaluate.py COMMAND --help` says what each takes. Command lines from the time before the
+commands had names go on working.
 """
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -22,39 +24,46 @@ from runs import latest_run, read_settings
 from settings import Parser, add_flags, names_of, one_line
 
 
-def compare_parser(parser):
-    parser.add_argument("runs", nargs="*", type=Path, help="run folders [default the latest]")
-    parser.add_argument("--samples", type=int, default=200,
-                        help="held-out samples per cell [default 200]")
-    parser.add_argument("--picture", metavar="FILE", help="also draw the table there")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
+# ---- compare ------------------------------------------------------------------------------------
+
+def add_compare_flags(parser):
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, help="run folders [default the latest]")
+    add("--samples", type=int, default=200, help="held-out samples per cell [default 200]")
+    add("--picture", metavar="FILE", help="also draw the table there")
+    add("--json", metavar="FILE", help="also write the numbers there")
     add_flags(parser, names_of("inner loop") + ["closed_book"])
 
 
 def compare(arguments, changes):
-    """Compare runs on held-out samples, with memory, without, and with the controls.
+    """Compare runs on held-out samples: with memory, without it, and with the controls.
 
     Runs that differ in the seed alone are averaged, with the spread over seeds.
     """
     from compare import print_comparison
-    print_comparison(chosen_runs(arguments), arguments.samples, changes, arguments.json,
+    print_comparison(list_runs(arguments), arguments.samples, changes, arguments.json,
                      arguments.picture)
 
 
-def exposure_parser(parser):
-    parser.add_argument("runs", nargs="*", type=Path, help="run folders [default the latest]")
-    parser.add_argument("--samples", type=int, default=200, help="held-out samples [default 200]")
-    parser.add_argument("--out", metavar="FILE", default="exposure.png",
-                        help="the picture [default exposure.png]")
+# ---- exposure -----------------------------------------------------------------------------------
+
+def add_exposure_flags(parser):
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, help="run folders [default the latest]")
+    add("--samples", type=int, default=200, help="held-out samples [default 200]")
+    add("--out", metavar="FILE", default="exposure.png",
+        help="the picture [default exposure.png]")
 
 
 def exposure(arguments, changes):
-    """Exposure bias (Fig. 3): static and sequential loss by mask ratio, beside their ratio."""
+    """Measure exposure bias (Fig. 3): static and sequential loss by mask ratio, and their ratio."""
     from compare import print_exposure
-    print_exposure(chosen_runs(arguments), arguments.samples, arguments.out)
+    print_exposure(list_runs(arguments), arguments.samples, arguments.out)
 
 
-def tasks_parser(parser):
+# ---- tasks --------------------------------------------------------------------------------------
+
+def add_tasks_flags(parser):
     add = parser.add_argument
     add("tasks", help="names, separated by commas: ruler_vt, ruler_cwe, niah_multivalue, "
         "babilong_qa1, babilong_longctx, longbench_trec ...")
@@ -63,7 +72,7 @@ def tasks_parser(parser):
     add("--adapt", action="store_true", help="write each prompt into fast weights first")
     add("--lengths", default="4096", help="lengths in tokens for RULER and BABILong, each on its "
         "own [default 4096]")
-    add("--limit", type=int, help="only the first samples of each task and length, this many")
+    add("--limit", type=int, help="use only this many samples of each task and length")
     add("--batch-size", type=int, default=1, help="requests decoded together [default 1]")
     add("--num-fewshot", type=int, help="examples in the prompt [default the task's]")
     add("--chat-template", action="store_true", help="put the prompt into the model's template")
@@ -84,9 +93,9 @@ def tasks_parser(parser):
 
 
 def tasks(arguments, changes):
-    """Tasks of lm-evaluation-harness, answered by the decoder of generate.py.
+    """Run tasks of lm-evaluation-harness, answered by the decoder of generate.py.
 
-    Scores land in scores.json in the folder --out, the harness's own files beside it.
+    The scores go to scores.json in the folder --out, the harness's own files beside it.
     """
     from paper.harness import run_tasks
     lengths = [int(x) for x in arguments.lengths.split(",")]
@@ -97,18 +106,20 @@ def tasks(arguments, changes):
               max_length=arguments.max_length, mc_samples=arguments.mc_samples, **changes)
 
 
-def paper_parser(parser):
+# ---- paper and claims ---------------------------------------------------------------------------
+
+def add_paper_flags(parser):
     parser.add_argument("folder", nargs="?", default="results",
                         help="where scores.json files lie [default results]")
 
 
 def paper(arguments, changes):
-    """The paper's tables, with our scores beside its numbers. Blank where nothing was run."""
+    """Print the paper's tables, with our scores beside its numbers; a dash where none was run."""
     from paper.tables import print_tables
     print_tables(arguments.folder)
 
 
-def claims_parser(parser):
+def add_claims_flags(parser):
     add = parser.add_argument
     add("--quick", action="store_true", help="shorter runs: minutes instead of an hour and more")
     add("--jobs", type=int, default=os.cpu_count(),
@@ -118,29 +129,33 @@ def claims_parser(parser):
 
 
 def claims(arguments, changes):
-    """Every claim of the paper on the toy, with controls and verdicts, as a report.
+    """Test every claim of the paper on the toy, with controls and verdicts, and write a report.
 
-    It goes on where it was stopped.
+    A second call goes on where the first was stopped.
     """
     from paper.runs import run_claims
     run_claims(arguments.quick, arguments.jobs, arguments.seeds, arguments.out)
 
 
-COMMANDS = {"compare": (compare, compare_parser), "exposure": (exposure, exposure_parser),
-            "tasks": (tasks, tasks_parser), "paper": (paper, paper_parser),
-            "claims": (claims, claims_parser)}
+# ---- The door -----------------------------------------------------------------------------------
+
+# name -> what runs the command, what adds its flags. What runs it takes the parsed arguments, and
+# those of them that change settings.
+COMMANDS = {"compare": (compare, add_compare_flags), "exposure": (exposure, add_exposure_flags),
+            "tasks": (tasks, add_tasks_flags), "paper": (paper, add_paper_flags),
+            "claims": (claims, add_claims_flags)}
 
 
-def chosen_runs(arguments):
-    """The run folders that were named, or the latest."""
+def list_runs(arguments):
+    """The run folders that were named, or the latest. ValueError if one is no run folder."""
     folders = arguments.runs or [latest_run()]
     for folder in folders:
         read_settings(folder)
     return folders
 
 
-def check(arguments):
-    """Numbers that must be at least something."""
+def check_arguments(arguments):
+    """ValueError if a number is too small."""
     for name, least in (("samples", 2), ("jobs", 1), ("seeds", 1), ("batch_size", 1),
                         ("mc_samples", 1), ("limit", 1), ("wait", 1)):
         value = getattr(arguments, name, None)
@@ -149,8 +164,12 @@ def check(arguments):
             raise ValueError(f"{flag} is {value}; it must be at least {least}")
 
 
-def new_spelling(words):
-    """Command lines as they were spelled before the commands had names."""
+def respell(words):
+    """A command line that begins with a command's name, whatever its spelling.
+
+    An old spelling has a flag in the place of the name: --exposure, --tasks TASKS, --paper, and
+    --paper toy for the claims. Without any it compares.
+    """
     if not words or words[0] in COMMANDS or words[0] in ("-h", "--help"):
         return words or ["compare"]
     if "--tasks" in words:
@@ -174,17 +193,17 @@ def main():
         from paper.harness import lm_eval_command
         del sys.argv[1]
         return lm_eval_command()
-    command, *words = new_spelling(sys.argv[1:])
+    command, *words = respell(sys.argv[1:])
     if command in ("-h", "--help"):
         return print(__doc__.strip())
-    run, add_arguments = COMMANDS[command]
-    parser = Parser(prog=f"evaluate.py {command}", description=run.__doc__)
-    add_arguments(parser)
+    run, add_command_flags = COMMANDS[command]
+    parser = Parser(prog=f"evaluate.py {command}", description=inspect.getdoc(run))
+    add_command_flags(parser)
     arguments = parser.parse_intermixed_args(words)
     settings = names_of("inner loop", "loading") + ["closed_book"]
     changes = {name: value for name, value in vars(arguments).items() if name in settings}
     with one_line():
-        check(arguments)
+        check_arguments(arguments)
         run(arguments, changes)
 
 

@@ -1,4 +1,8 @@
-"""Files of ours and of strangers: read, fetched from the hub, written whole."""
+"""Files: read, fetched from the hub, and written whole.
+
+What is written is never half there: a run that is killed leaves the old file or the new one. What
+others have written is refused, where it cannot be read, in one line that says what to do.
+"""
 from __future__ import annotations
 
 import json
@@ -7,12 +11,19 @@ import re
 from pathlib import Path
 from zlib import crc32
 
-MODEL_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "special_tokens_map.json",
-               "chat_template.jinja", "adapter_config.json", "base.json"]
+# What is fetched of a model or an adapter. Nothing here can run code: no .py, no pickle.
+MODEL_FILES = [
+    "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json",
+    "special_tokens_map.json", "chat_template.jinja", "adapter_config.json", "base.json",
+]
 
 
 def write_whole(path, write):
-    """Write a file so that it is either the old one or the new one, never half: aside, to disk, then renamed."""
+    """Write a file so that at any moment it is either the old one or the new one.
+
+    write(path) writes to a file beside it. Once all of that is on the disk, the file is renamed.
+    If `write` fails, the old file stays and the new one is removed.
+    """
     aside = path.with_name(path.name + ".tmp")
     try:
         write(aside)
@@ -25,34 +36,44 @@ def write_whole(path, write):
 
 
 def file_checksum(path):
+    """CRC-32 of a file, as 8 hexadecimal digits."""
     return f"{crc32(Path(path).read_bytes()):08x}"
 
 
 def read_json(path):
+    """The content of a JSON file that comes with a model. ValueError if there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: not the folder of a model in the hub's layout") from None
+        raise ValueError(
+            f"{path} is missing: not the folder of a model in the hub's layout") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def model_folder(name, wanted=MODEL_FILES):
-    """A folder, or the hub's id of a model or adapter, fetched or from the cache -> folder."""
+    """The folder of a model or an adapter, which is fetched if `name` is an id of the hub."""
     if Path(name).is_dir():
         return Path(name)
-    return fetch_from_hub(name, "model", wanted, "'toy', a folder with config.json and *.safetensors, or a hub id such as "
-                          "inclusionAI/LLaDA-MoE-7B-A1B-Base")
+    instead = ("'toy', a folder with config.json and *.safetensors, or a hub id such as "
+               "inclusionAI/LLaDA-MoE-7B-A1B-Base")
+    return fetch_from_hub(name, "model", wanted, instead)
 
 
 def fetch_from_hub(name, kind, wanted, instead):
-    """Files of a repository on the hub -> folder. Nothing is retried for minutes: one line says what to do instead."""
+    """Fetch files of a repository on the hub, or find them in its cache. Returns their folder.
+
+    kind: model or dataset. wanted: patterns of file names. ValueError says what to give `instead`.
+    It comes at once: the hub's client would try again for minutes.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"there is no {kind} {name!r} here; give {instead}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
     try:
         return Path(snapshot_download(name, repo_type=kind, allow_patterns=wanted, etag_timeout=5))
-    except (HfHubHTTPError, OSError) as error:  # not found, not allowed, not reachable, and not in the cache either
+    except (HfHubHTTPError, OSError) as error:
+        # The repository is unknown, closed or out of reach, and it is not in the cache either.
+        reason = str(error).strip().splitlines()[0][:160]
         raise ValueError(f"{kind} {name!r} is not here and could not be fetched from the hub "
-                         f"({str(error).strip().splitlines()[0][:160]}); give {instead}") from None
+                         f"({reason}); give {instead}") from None

@@ -53,6 +53,11 @@ class Backbone(nn.Module):
     def has_lora(self):
         return hasattr(self.network, "peft_config")
 
+    @property
+    def stop_ids(self):
+        """Tokens that end a reply."""
+        return self.tokenizer.stop_ids if self.tokenizer else [self.config.eos_id]
+
     def weights_checksum(self):
         vectors = [p for p in self.core.parameters() if p.dim() == 1]
         return weights_checksum(self.part("embed").weight, vectors)

@@ -40,65 +40,83 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
     another by more than this, until nothing changes or after `extra_steps` looks.
     A sample is done after the block in which it says its end; what is left of it is that token.
     """
-    size = backbone.family.block_length
-    end, done = int(valid.sum(1).max()), ~fill.any(1)  # done [B]: the sample wants nothing more
-    x, given, fill = to_whole_blocks(x, fill, valid, backbone.mask_id, size)
-    open_, width, past = fill.clone(), x.shape[1], Past(x.shape[1])
-    tokenizer = backbone.tokenizer
-    stops = torch.tensor(tokenizer.stop_ids if tokenizer else [backbone.config.eos_id])
-
-    def forward(start, stop, need=None):
-        """Hidden states of x[:, start:stop], of which the positions `need` will be read.
-
-        Without `need` none is: these are final tokens, whose keys and values join the past.
-        """
-        keep = need is None
-        if keep:
-            need = torch.zeros(x[:, start:stop].shape, dtype=torch.bool)
-        with memdlm.fast_weights(backbone, s, phi):
-            h = backbone.blocks(backbone.embed(x[:, start:stop]), None, 0, None, need, past)
-        past.length = stop if keep else past.length
-        return h
-
-    def look(here, live, extra, k):
-        """Look at the block once and commit. Returns who wants another look, and if x changed."""
-        masks = open_[:, here] & live[:, None]
-        where = masks if edit_threshold is None else fill[:, here] & live[:, None]
-        noise = None
-        if temperature > 0:
-            noise = memdlm.gumbel_noise(backbone, seeds, f"{here.start} {k}", where)
-        h = forward(here.start, here.stop, where)[where]
-        tokens, p = memdlm.pick_tokens(backbone, h, temperature=temperature, noise=noise)
-        tokens, p = memdlm.to_positions(tokens, where), memdlm.to_positions(p, where)
-        at_least = scheduled(size, steps or size, k)
-        commit = masks & ((p > threshold) | (memdlm.rank_of(masks, -p) < at_least))
-        change, again = commit, (masks & ~commit).any(1)
-        if edit_threshold is not None:
-            change = commit | (where & ~masks & (tokens != x[:, here]) & (p > edit_threshold))
-            extra += ~masks.any(1)
-            # Done when a look without masks changes nothing.
-            again = masks.any(1) | (change.any(1) & (extra < extra_steps))
-        x[:, here] = torch.where(change, tokens, x[:, here])
-        open_[:, here] &= ~commit
-        return again, bool(change.any())
-
-    if start := int(given.sum(1).min()) // size * size:
-        forward(0, start)  # the prompt's whole blocks, in one pass
-    for start in range(start, width, size):
+    size, end = backbone.family.block_length, int(valid.sum(1).max())
+    canvas = Canvas(backbone, s, phi, x, fill, valid)
+    x, fill, done = canvas.x, canvas.fill, ~fill.any(1)  # done [B]: the sample wants nothing more
+    stops = torch.tensor(backbone.stop_ids)
+    if start := int(canvas.given.sum(1).min()) // size * size:
+        canvas.forward(0, start)  # the prompt's whole blocks, in one pass
+    for start in range(start, x.shape[1], size):
         here, k = slice(start, start + size), 0
         live, extra = ~done & fill[:, here].any(1), torch.zeros(len(x), dtype=torch.long)
         while live.any() and k < size + extra_steps:
-            live, changed = look(here, live, extra, k)
-            k += 1
-            if changed:
+            noise = (seeds, f"{start} {k}", temperature)
+            at_least = scheduled(size, steps or size, k)
+            had_masks = (canvas.open_[:, here] & live[:, None]).any(1)
+            change = canvas.look(here, live, noise, at_least, threshold, edit_threshold)
+            extra, k = extra + ~had_masks, k + 1
+            if edit_threshold is None:
+                live = (canvas.open_[:, here] & live[:, None]).any(1)
+            else:  # done when a look without masks changes nothing
+                live = had_masks | (change.any(1) & (extra < extra_steps))
+            if change.any():
                 yield x[:, :end].clone()
         done |= (torch.isin(x[:, here], stops) & fill[:, here]).any(1)
         if (done | ~fill[:, here.stop:].any(1)).all():
             break
-        if here.stop < width:
-            forward(start, here.stop)  # once more, with the block's final tokens
-    if (rest := open_ & done[:, None]).any():  # what a sample did not need
+        if here.stop < x.shape[1]:
+            canvas.forward(start, here.stop)  # once more, with the block's final tokens
+    if (rest := canvas.open_ & done[:, None]).any():  # what a sample did not need
         yield torch.where(rest, backbone.config.eos_id, x)[:, :end]
+
+
+class Canvas:
+    """What is decoded: tokens, gaps, and the keys and values of finished blocks.
+
+    x [B, width] the tokens, in whole blocks; given, fill, open_ [B, width] bool: the prompt, what
+    is to be filled, what is still masked.
+    """
+
+    def __init__(self, backbone, s, phi, x, fill, valid):
+        self.backbone, self.s, self.phi = backbone, s, phi
+        self.x, self.given, self.fill = to_whole_blocks(
+            x, fill, valid, backbone.mask_id, backbone.family.block_length)
+        self.open_, self.past = self.fill.clone(), Past(self.x.shape[1])
+
+    def forward(self, start, stop, need=None):
+        """Hidden states of x[:, start:stop], of which the positions `need` will be read.
+
+        Without `need` none is: these are final tokens, whose keys and values join the past.
+        """
+        ids, keep = self.x[:, start:stop], need is None
+        if keep:
+            need = torch.zeros(ids.shape, dtype=torch.bool)
+        with memdlm.fast_weights(self.backbone, self.s, self.phi):
+            h = self.backbone.blocks(self.backbone.embed(ids), None, 0, None, need, self.past)
+        if keep:
+            self.past.length = stop
+        return h
+
+    def look(self, here, live, noise, at_least, threshold, edit_threshold):
+        """Look at the block `here` of the samples `live` once, and commit.
+
+        noise: seeds, a tag and the temperature. Returns where x changed, [B, block length] bool.
+        """
+        masks = self.open_[:, here] & live[:, None]
+        where = masks if edit_threshold is None else self.fill[:, here] & live[:, None]
+        h, (seeds, tag, temperature), u = self.forward(here.start, here.stop, where), noise, None
+        if temperature > 0:
+            u = memdlm.gumbel_noise(self.backbone, seeds, tag, where)
+        tokens, p = memdlm.pick_tokens(self.backbone, h[where], temperature=temperature, noise=u)
+        tokens, p = memdlm.to_positions(tokens, where), memdlm.to_positions(p, where)
+        commit = masks & ((p > threshold) | (memdlm.rank_of(masks, -p) < at_least))
+        change = commit
+        if edit_threshold is not None:
+            edit = where & ~masks & (tokens != self.x[:, here]) & (p > edit_threshold)
+            change = commit | edit
+        self.x[:, here] = torch.where(change, tokens, self.x[:, here])
+        self.open_[:, here] &= ~commit
+        return change
 
 
 def to_whole_blocks(x, fill, valid, mask_id, size):

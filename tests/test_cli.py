@@ -10,7 +10,7 @@ import pytest
 from backbones.checkpoint import load_backbone
 from backbones.lora import add_lora, save_adapter
 from backbones.tiny import write_tiny
-from compare import run_values
+from compare import measure_run
 from runs import open_run
 from settings import Settings
 import torch
@@ -224,7 +224,7 @@ def test_evaluate_measures_what_a_loop_over_samples_measures(trained, monkeypatc
     """nats: one sample at a time, masks drawn again, theta alone."""
     monkeypatch.chdir(trained)
     s, data, model = open_run("runs/bytes")
-    _, _, values, _ = run_values(Path("runs/bytes"), 3, None)
+    _, _, values, _ = measure_run(Path("runs/bytes"), 3, None)
     batch = data.tests("24", range(3), False)
     for i in range(3):
         x, maskable = batch.x0[i], batch.maskable[i]
@@ -410,6 +410,6 @@ def test_the_commands_of_the_readme_run(command, trained, tmp_path):
 def test_closed_book_memory_is_learned(cli, tmp_path):
     """The claim of the first screen, at a tenth of its size: only phi of its own prompt answers."""
     cli(train, "--steps", "200", "--lr", "4e-3", "--no-control", "--out", "r", "--sample-every", "0")
-    _, _, values, roles = run_values(tmp_path / "r", 100, None)
+    _, _, values, roles = measure_run(tmp_path / "r", 100, None)
     score = {role: values[label, "16 x2"].mean().item() for role, label in roles.items()}
     assert score["own"] > 0.4 and score["other"] < 0.1 and score["alone"] < 0.1, score

@@ -1,0 +1,123 @@
+"""The house rules: who may import whom, and how wide and long the code may be."""
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(path for pattern in ("*.py", "toy/*.py", "backbones/*.py", "paper/*.py")
+                 for path in ROOT.glob(pattern))
+TESTS = sorted(ROOT.glob("tests/*.py"))
+
+# Rooms by height. A room may import what stands on a lower line, and nothing else of ours.
+FLOORS = [
+    {"memdlm"},
+    {"files"},
+    {"data"},
+    {"toy", "backbones"},
+    {"settings"},
+    {"runs"},
+    {"compare", "pages"},
+    {"train", "generate"},
+    {"paper"},
+    {"evaluate", "bench"},
+]
+HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+HEAVY = {"transformers", "peft", "bitsandbytes", "lm_eval", "datasets", "matplotlib", "accelerate"}
+
+
+def module_name(path):
+    """toy/model.py -> toy.model"""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports_of(path, whole=True):
+    """The modules that a file imports; with whole=False only those at the top of the file."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if whole else tree.body
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            known = {module_name(source) for source in SOURCES}
+            yield from ([name for name in inner if name in known] or [node.module])
+
+
+def is_ours(module):
+    return module.partition(".")[0] in HEIGHT
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_run_one_way(path):
+    room = module_name(path).partition(".")[0]
+    assert room in HEIGHT, f"{path.name} has no place in the order of rooms"
+    for module in filter(is_ours, imports_of(path)):
+        other = module.partition(".")[0]
+        assert other == room or HEIGHT[other] < HEIGHT[room], f"{path.name} imports {module}"
+
+
+def test_the_method_imports_torch_and_nothing_of_ours():
+    found = {module.partition(".")[0] for module in imports_of(ROOT / "memdlm.py")}
+    assert not {module for module in found if is_ours(module)}
+    assert "torch" in found and "numpy" not in found
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    """No circle, also within a room."""
+    graph = {module_name(path): set(filter(is_ours, imports_of(path))) for path in SOURCES}
+    while graph:
+        free = [name for name, needs in graph.items() if not needs & graph.keys() - {name}]
+        assert free, f"a circle among {', '.join(graph)}"
+        for name in free:
+            del graph[name]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    assert not HEAVY & {module.partition(".")[0] for module in imports_of(path, whole=False)}
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=module_name)
+def test_lines_and_functions_fit_on_a_page(path):
+    text = path.read_text()
+    wide = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 100]
+    assert not wide, f"{path.name}: lines {wide} are wider than 100 columns"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 60, f"{path.name}: {node.name} has {length} lines"
+
+
+def test_the_method_is_told_in_order():
+    """Both training steps stand at the beginning; what is left at the end is variants."""
+    lines = (ROOT / "memdlm.py").read_text().splitlines()
+    assert len(lines) <= 760
+    end_of = {node.name: node.end_lineno for node in ast.walk(ast.parse("\n".join(lines)))
+              if isinstance(node, ast.FunctionDef)}
+    assert end_of["mdlm_step"] < end_of["memdlm_step"] < end_of["forward"] <= 160
+    last = next(i for i, line in enumerate(lines, 1) if re.match(r"# ---- .*Exposure bias", line))
+    assert last <= 620
+    for name in ("adapt", "denoise", "inner_loop", "sgd_step", "fast_weights", "mdlm_loss"):
+        assert end_of[name] < last
+
+
+def test_every_equation_of_the_paper_stands_above_its_line():
+    text = (ROOT / "memdlm.py").read_text()
+    for number in ("1", "2 / 9", "3", "4", "5", "6", "7-8"):
+        assert f"# Eq. {number}:" in text, number
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_a_difference_says_what_ours_does(path):
+    """Differs: what the paper or its code does. What we do."""
+    text = re.sub(r"\n\s*#? ?", " ", path.read_text())
+    for note in re.findall(r"Differs:(.{0,400})", text):
+        assert re.search(r"\b([Oo]urs|[Ww]e|we)\b", note), note[:120]
+
+
+def test_the_readme_fits_one_reading():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200 and len(text.split()) <= 1500
