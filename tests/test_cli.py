@@ -338,71 +338,89 @@ def test_help_is_quick_and_heavy_packages_stay_out():
     assert "--inner-lr" in done.stdout and "toy, from prompt 0.3" in done.stdout
 
 
-def readme_commands():
-    """Every python line in the README's code blocks."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    found = [re.search(r"(?:python|accelerate launch) (?:train|generate|evaluate|bench)\.py.*", line) for line in lines]
-    commands = dict.fromkeys(match[0].replace("accelerate launch", "python") for match in found if match)
+def commands_of(*pages):
+    """Every command line with one of our scripts in the code blocks of these pages, each once."""
+    found = {}
+    for page in pages:
+        text = (ROOT / page).read_text().replace("\\\n", " ")
+        for block in re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M):
+            for line in block.splitlines():
+                line = line.partition("#")[0].replace("accelerate launch", "python").strip()
+                if re.match(r"python (train|generate|evaluate|bench)\.py", line):
+                    found[" ".join(line.split())] = None
     quick = ("python train.py --model toy", "python generate.py --adapt")
-    return [pytest.param(c, marks=[] if c in quick else [pytest.mark.slow]) for c in commands]
+    return [pytest.param(c, marks=[] if c in quick else [pytest.mark.slow]) for c in found]
+
+
+# These need the hub's data, an hour, or minutes. They run in small in test_harness.py,
+# test_paper.py and test_real_models.py.
+LONG = {"tasks", "claims", "lm_eval"}
 
 
 def tiny_folder(root, name):
     """A tiny checkpoint that stands for the published model of this name."""
-    kind = "llada2.1-mini" if "2.1" in name else "llada-moe" if "MoE" in name or "moe" in name else "llada-8b"
     if not (root / name).exists():
+        kinds = {"2.1": "llada2.1-mini", "moe": "llada-moe"}
+        kind = next((kinds[part] for part in kinds if part in name.lower()), "llada-8b")
         write_tiny(kind, root / name)
     return name
 
 
-def llada_names():
-    return ("llada-8b", "llada-moe", "llada2.1-mini")
-
-
-def make_adapter(root, arguments):
-    """A random adapter for the model of these arguments, under the name that they give."""
-    model, name = (arguments[arguments.index(flag) + 1] for flag in ("--model", "--from-adapter"))
+def make_adapter(root, model, name):
+    """A random adapter for the tiny model, under the name that the command gives it."""
     backbone = load_backbone(str(root / model))
     backbone.name = model
     save_adapter(add_lora(backbone, 4, 8.0, 0.0), root / name)
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_the_commands_of_the_readme_run(command, trained, tmp_path):
+def shrink(script, words, root, trained):
+    """The words of a command, with sizes made tiny and with models, runs and data that exist."""
+    value = {flag: words[i + 1] for i, flag in enumerate(words[:-1]) if flag.startswith("--")}
+    words, model = list(words), value.get("--model", "toy")
+    for i, word in enumerate(words):
+        if word == "RUNS" or re.match(r"runs/(languages|closed|a$|b$)", word):
+            words[i] = "runs/words"
+    if model != "toy" and script != "bench":
+        words[words.index(model)] = tiny_folder(root, model)
+        if "--plan" in words:
+            return words
+        if "--from-adapter" in value:
+            make_adapter(root, model, value["--from-adapter"])
+        if script == "generate":
+            return words + ["--length", "8"]
+        return words + ["--data", "my.jsonl"] * ("--data" not in value) + [*TINY, *REAL_TINY]
+    if "runs/tiny-llada-moe-pairs" in words:
+        tiny_folder(root, "tiny-llada-moe")
+        flags = ["--model", "tiny-llada-moe", "--data", "tiny-llada-moe/pairs.jsonl"]
+        subprocess.run([sys.executable, ROOT / "train.py", *flags, *TINY, *REAL_TINY], cwd=root,
+                       check=True, capture_output=True)
+        return words
+    if script == "bench":
+        return words
+    if script == "train" and "--resume" not in words:
+        return words + [*TINY, "--table-samples", "0"]
+    (root / "runs").symlink_to(trained / "runs")
+    if script == "generate":
+        return words + ["--run", "runs/words"]
+    if script == "evaluate" and words[:1] != ["paper"]:
+        run = [] if "runs/words" in words else ["runs/words"]
+        return words + run + ["--samples", "3"]
+    return words
+
+
+@pytest.mark.parametrize("command", commands_of("README.md", "results/README.md"))
+def test_the_commands_of_the_pages_run(command, trained, tmp_path):
     """As typed there, with sizes made tiny."""
-    words = shlex.split(command)
-    script, arguments = words[1], words[2:]
-    (tmp_path / "my.jsonl").write_text("\n".join(json.dumps({"prompt": f"say {i}", "response": str(i)}) for i in range(9)))
+    _, script, *words = shlex.split(command)
+    script = script.removesuffix(".py")
+    if LONG & {*words} or (script == "bench" and "--scale" not in words):
+        return
+    pairs = [json.dumps({"prompt": f"say {i}", "response": str(i)}) for i in range(9)]
+    (tmp_path / "my.jsonl").write_text("\n".join(pairs))
     (tmp_path / "notes.txt").write_text("fox ruby owl jade")
-    small = {"train.py": [*TINY, "--table-samples", "0"], "generate.py": [],
-             "evaluate.py": [] if {"--paper", "--tasks"} & {*arguments} else ["--samples", "3"],
-             "bench.py": ["--tiny", "--length", "64", "--repeats", "1", "--new-tokens", "4"]}[script]
-    if "--tasks" not in arguments and "--model" in arguments and arguments[arguments.index("--model") + 1] not in ("toy", *llada_names()):
-        arguments[arguments.index("--model") + 1] = tiny_folder(tmp_path, arguments[arguments.index("--model") + 1])
-        small = ["--length", "8"] if script == "generate.py" else [*small, *REAL_TINY]
-        if script == "train.py" and "--data" not in arguments:
-            arguments += ["--data", "my.jsonl"]
-        if "--from-adapter" in arguments:
-            make_adapter(tmp_path, arguments)
-    elif "--tasks" in arguments or "--paper toy" in command or arguments == []:
-        return  # needs the hub's data, an hour or minutes: in tiny in test_harness.py, test_paper.py and test_full.py
-    elif "runs/tiny-llada-moe-pairs" in arguments:
-        subprocess.run([sys.executable, ROOT / "train.py", "--model", tiny_folder(tmp_path, "tiny-llada-moe"), "--data", "tiny-llada-moe/pairs.jsonl",
-                        *TINY, *REAL_TINY], cwd=tmp_path, check=True, capture_output=True)
-    elif script == "bench.py" or "--plan" in arguments:
-        small = small if script == "bench.py" else []
-    elif script != "train.py" or "--resume" in arguments:
-        (tmp_path / "runs").symlink_to(trained / "runs")
-        names = [a for a in arguments if a.startswith("runs/")]
-        arguments = ["runs/words" if a in names[:1] else a for a in arguments if a not in names[1:]]
-        small = [] if script == "train.py" else small
-        if script == "generate.py" and "--run" not in arguments:
-            arguments += ["--run", "runs/words"]
-        if script == "evaluate.py" and not names:
-            arguments += ["runs/words"]
-    done = subprocess.run([sys.executable, ROOT / script, *arguments, *small], cwd=tmp_path, capture_output=True, text=True,
-                          input="quit\n")
+    words = shrink(script, words, tmp_path, trained)
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", *words], cwd=tmp_path,
+                          capture_output=True, text=True, input="quit\n")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
