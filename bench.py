@@ -38,7 +38,7 @@ from backbones.plan import memory_plan, plan_text
 from memdlm import Batch, MemDLM
 from runs import build
 from settings import Parser, REAL, Settings, add_flags, names_of, one_line, settings_from_flags
-from train import Processes, make_batch, make_optimizer, outer_step
+from train import Processes, compute_gradients, make_batch, make_optimizer
 
 FLAGS = [name for name in names_of("method", "inner loop", "optimisation", "real models", "loading")
          if name not in ("memory", "from_adapter", "merge", "warmup")] + ["seed"]
@@ -217,7 +217,7 @@ def steps_of(case):
     def step(label, seed):
         backbone.train()
         optimizer.zero_grad()
-        outer_step(case.s, models[label], [case.batch(seed)], False, processes)
+        compute_gradients(case.s, models[label], [case.batch(seed)], False, processes)
         torch.nn.utils.clip_grad_norm_(parameters, case.s.grad_clip)
         optimizer.step()
     return {label: partial(step, label) for label in models}

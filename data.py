@@ -22,7 +22,7 @@ has `ChatData` of backbones/text.py.
                                     else None
     ask(prompt, question, length)   a user's texts -> Sample with gaps to fill; ValueError says
                                     what is wrong with the texts
-    tokenizer                       encode, decode, pieces, eos_id
+    tokenizer                       encode, decode, pieces; eos_id, and stop_ids, which end a reply
     kind, words                     what the data is; whether a token is a word, shown with spaces
     note                            one line for the user: what was read and what was left out
 """
@@ -53,13 +53,14 @@ class Sample(NamedTuple):
 def collate(samples, seeds, closed_book):
     """B samples with their seeds -> Batch. A closed book leaves the prompt out of x0.
 
-    Prompt "a b", rest "? c d", with "c d" for the answer, beside a shorter sample:
+    Two samples: prompt "a b", rest "? c d"; and prompt "a", rest "? c". What follows "?" is the
+    answer. "." is padding:
 
-                closed_book=False       closed_book=True
-        x0          a b ? c d               ? c d
-                    a ? c _ _               ? c _
-        maskable    0 0 0 1 1               0 1 1
-                    0 0 1 0 0               0 1 0
+                    closed_book=False    closed_book=True
+        x0              a b ? c d            ? c d
+                        a ? c . .            ? c .
+        maskable        0 0 0 1 1            0 1 1
+                        0 0 1 0 0            0 1 0
     """
     texts, answers = [], []
     for sample in samples:

@@ -103,7 +103,7 @@ def make_frame(tokenizer, now, before, fill):
 
 def reply_text(tokenizer, ids):
     """The text of decoded tokens, up to the first that ends a reply."""
-    for stop in getattr(tokenizer, "stop_ids", [tokenizer.eos_id]):
+    for stop in tokenizer.stop_ids:
         ids = cut_before(stop, ids)
     return tokenizer.decode(ids)
 

@@ -1,1 +1,26 @@
-"""The real backbones: LLaDA-8B, LLaDA-MoE and LLaDA2.x."""
+"""The real backbones: diffusion language models with published weights.
+
+Each is an ordinary transformer that looks both ways:
+
+    LLaDA-8B    LLaMA without the causal mask
+    LLaDA-MoE   Qwen3-MoE without the causal mask: 64 experts, 8 for each token
+    LLaDA2.x    GLM-4-MoE with a block-causal mask: 256 experts in 8 groups, one shared expert
+
+A model is its config.json, its safetensors and its tokenizer. No code from a model's repository
+is run, and nothing is unpickled. The rooms, from the ground up:
+
+    experts          the experts of a layer
+    blocks           the parts of a transformer, and the three blocks side by side
+    block_diffusion  the decoder of LLaDA2.x
+    config           config.json -> Config
+    families         one row per family: everything that is special about it
+    lora             the LoRA that the outer loop trains, through PEFT
+    backbone         a network with the interface that memdlm.py asks for
+    text             tokenizer, chat template, chat data
+    checkpoint       from a hub id or a folder to a backbone, also in 4 bits
+    plan             the memory of a training run, counted before anything is loaded
+    tiny             a tiny random checkpoint of any family, to try the whole path on a CPU
+
+To add a model, write its block (if its mathematics is new), its row in families.py, and its row in
+the tests.
+"""

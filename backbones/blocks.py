@@ -1,4 +1,15 @@
-"""The parts of a transformer, and the three blocks side by side."""
+"""The parts of a transformer, and the three blocks side by side.
+
+A block is one layer. All three do the same two things:
+
+    h = h + attention(norm(h))
+    h = h + feed_forward(norm(h))
+
+Its modules carry the names of the published checkpoint, so a checkpoint loads as it is and PEFT's
+adapters fit by name. Each expert is three plain nn.Linear: bitsandbytes quantises these, PEFT
+adapts them, and fast weights hang on them. The classes of the transformers library put all experts
+of a layer into one parameter, which bitsandbytes and PEFT silently leave alone.
+"""
 from __future__ import annotations
 
 import math
@@ -11,17 +22,24 @@ from torch import nn
 from backbones.experts import Experts
 
 
+# ---- The parts of a transformer -----------------------------------------------------------------
+
 class Context(NamedTuple):
     """What a block needs besides hidden states."""
     cos: torch.Tensor          # [L, rotated channels]
     sin: torch.Tensor
-    mask: torch.Tensor | None  # bool, broadcast to [B, heads, L, keys]: True where a query may look. None: everywhere
+    mask: torch.Tensor | None  # bool, broadcast to [B, heads, L, keys]: where a query may look;
+    #                            None: everywhere
     past: Past | None          # keys and values of what stands before
-    need: torch.Tensor | None  # [B, L] bool, on the CPU: rows that the last layer's feed-forward is needed for. None: all
+    need: torch.Tensor | None  # [B, L] bool, on the CPU: where the feed-forward's result is read;
+    #                            None: everywhere
 
 
 class RMSNorm(nn.Module):
-    """Normalised in float32, rounded to the model's precision, and only then multiplied: so the checkpoints were trained."""
+    """A root-mean-square norm in float32, rounded to the model's precision, then multiplied.
+
+    The checkpoints were trained with this order of rounding and multiplying.
+    """
 
     def __init__(self, width, eps):
         super().__init__()
@@ -29,7 +47,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         wide = x.float() if x.dtype != torch.float64 else x
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normal.to(x.dtype)
 
 
 def linear(width, out):
@@ -37,14 +56,20 @@ def linear(width, out):
 
 
 def rotary(positions, dim, theta, dtype):
-    """cos and sin [L, dim] of the positions [L]; angles in float32, channel i paired with i + dim / 2."""
-    frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
-    angle = torch.outer(positions.float(), frequency).repeat(1, 2)
+    """cos and sin [L, dim] of the positions [L].
+
+    Angles are computed in float32. Channel i is paired with channel i + dim / 2.
+    """
+    exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
+    angle = torch.outer(positions.float(), theta ** -exponent).repeat(1, 2)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding of the first channels of each head; the others (LLaDA2.x) pass. x [B, heads, L, dim]."""
+    """Rotary position embedding of the first channels of each head. x [B, heads, L, dim].
+
+    LLaDA2.x rotates half of a head's channels. The others stay as they are.
+    """
     turned, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
@@ -52,27 +77,30 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, context, layer):
-    """Attention of q on k and v, each [B, L, heads, dim] and already normalised -> [B, L, heads * dim]."""
+    """Attention of q on k and v, each [B, L, heads, dim], normalised -> [B, L, heads * dim]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, L, dim]
     q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
     if context.past is not None:
         k, v = context.past.extend(layer, k, v)
     share = q.shape[1] // k.shape[1]
-    if share > 1:  # grouped queries: `share` of them read the same keys
+    if share > 1:  # grouped queries: `share` query heads read the same keys
         k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask)  # no mask: the fast path
     return out.transpose(1, 2).flatten(2)
 
 
 class Past:
-    """Keys and values of finished blocks, by layer, in room made once for `room` positions. What is computed now stands behind
-    them, to be written over, or to stay if `length` is moved beyond it."""
+    """Keys and values of finished blocks of text, by layer.
+
+    The memory for `room` positions is made once. What is computed now stands behind the finished
+    part. The next pass writes over it, unless `length` has been moved beyond it.
+    """
 
     def __init__(self, room):
         self.length, self.room, self.pairs = 0, room, {}
 
     def extend(self, layer, k, v):
-        """k, v [B, heads, n, dim] -> all that may be looked at: [B, heads, length + n, dim]."""
+        """k, v [B, heads, n, dim] -> all that a query may see, [B, heads, length + n, dim]."""
         end = self.length + k.shape[2]
         if layer not in self.pairs:
             self.pairs[layer] = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (k, v)]
@@ -82,42 +110,62 @@ class Past:
 
 
 def add_feed_forward(h, x, need, feed_forward):
-    """h + feed_forward(x), on all rows or on those needed. x [B, L, D]; or [N, D] with the number of rows of each sample."""
+    """h + feed_forward(x), everywhere or where it is needed. h, x [B, L, D], need [B, L] or None.
+
+    Where only some positions are needed, feed_forward gets them as [N, D], with the list of how
+    many belong to each sample.
+    """
     if need is not None and need.any():
         return h.index_put((need,), h[need] + feed_forward(x[need], need.sum(1).tolist()))
-    if need is None or torch.is_grad_enabled():  # with gradients all weights take part, even if nothing is read
+    if need is None or torch.is_grad_enabled():  # with gradients, all weights must take part
         return h + feed_forward(x)
-    return h  # the keys and values of a finished block: nobody reads what is above them
+    return h  # a finished block of text: only its keys and values will be read
 
 
 class FeedForward(nn.Module):
-    """down(silu(gate(x)) * up(x)): an expert, a shared expert, or the feed-forward of a dense layer."""
+    """down(silu(gate(x)) * up(x)): an expert, a shared expert, or that of a dense layer."""
 
     def __init__(self, width, inner):
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = linear(width, inner), linear(width, inner), linear(inner, width)
+        self.gate_proj, self.up_proj = linear(width, inner), linear(width, inner)
+        self.down_proj = linear(inner, width)
 
     def forward(self, x, rows_per_sample=None):
-        # x [N, D] holds so many rows of each sample: per-sample fast weights need to know
+        # Per-sample fast weights must know which rows of x [N, D] belong to which sample.
         for matrix in (self.gate_proj, self.up_proj, self.down_proj):
             matrix.rows_per_sample = rows_per_sample
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
+
+def feed_forward_matrices(mlp):
+    """{name: linear layer or its adapter} of every feed-forward in a layer's `mlp`."""
+    found = {}
+    for name, module in mlp.named_modules():
+        if isinstance(module, FeedForward):
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                found[f"mlp.{name}.{part}".replace("..", ".")] = getattr(module, part)
+    return found
+
+
+# ---- The three blocks ---------------------------------------------------------------------------
 
 class LLaDABlock(nn.Module):
     """LLaDA-8B."""
 
     def __init__(self, c, layer):
         super().__init__()
-        self.layer, self.head_dim, D = layer, c.head_dim, c.width
+        self.layer, self.head_dim = layer, c.head_dim
+        D, q, kv = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim
         self.attn_norm, self.ff_norm = RMSNorm(D, c.eps), RMSNorm(D, c.eps)
-        self.q_proj, self.attn_out = linear(D, c.heads * c.head_dim), linear(c.heads * c.head_dim, D)
-        self.k_proj, self.v_proj = linear(D, c.kv_heads * c.head_dim), linear(D, c.kv_heads * c.head_dim)
-        self.ff_proj, self.up_proj, self.ff_out = linear(D, c.ffn), linear(D, c.ffn), linear(c.ffn, D)
+        self.q_proj, self.attn_out = linear(D, q), linear(q, D)
+        self.k_proj, self.v_proj = linear(D, kv), linear(D, kv)
+        self.ff_proj, self.up_proj = linear(D, c.ffn), linear(D, c.ffn)
+        self.ff_out = linear(c.ffn, D)
 
     def forward(self, h, context):
         x = self.attn_norm(h)
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
         h = h + self.attn_out(attend(q, k, v, context, self.layer))
         return add_feed_forward(h, self.ff_norm(h), context.need, self.feed_forward)
 
@@ -127,63 +175,49 @@ class LLaDABlock(nn.Module):
         return self.ff_out(F.silu(self.ff_proj(x)) * self.up_proj(x))
 
     def matrices(self, scope):
-        names = ["ff_proj", "up_proj", "ff_out"] + ["q_proj", "k_proj", "v_proj", "attn_out"] * (scope == "ffn+attn")
+        names = ["ff_proj", "up_proj", "ff_out"]
+        if scope == "ffn+attn":
+            names += ["q_proj", "k_proj", "v_proj", "attn_out"]
         return {name: getattr(self, name) for name in names}
 
 
 class LLaDAMoEBlock(nn.Module):
-    """LLaDA-MoE: the norm of queries and keys is per head."""
+    """LLaDA-MoE: queries and keys are normalised per head."""
 
     def __init__(self, c, layer):
         super().__init__()
-        D = c.width
         self.layer, self.head_dim, self.top_k = layer, c.head_dim, c.top_k
+        D, q, kv = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, c.eps), RMSNorm(D, c.eps)
         self.self_attn, self.mlp = nn.Module(), nn.Module()
-        for name, heads in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads)):
-            setattr(self.self_attn, f"{name}_proj", linear(D, heads * c.head_dim))
-        self.self_attn.o_proj = linear(c.heads * c.head_dim, D)
-        self.self_attn.q_norm, self.self_attn.k_norm = RMSNorm(c.head_dim, c.eps), RMSNorm(c.head_dim, c.eps)
+        self.self_attn.q_proj, self.self_attn.k_proj = linear(D, q), linear(D, kv)
+        self.self_attn.v_proj, self.self_attn.o_proj = linear(D, kv), linear(q, D)
+        self.self_attn.q_norm = RMSNorm(c.head_dim, c.eps)
+        self.self_attn.k_norm = RMSNorm(c.head_dim, c.eps)
         self.mlp.gate = linear(D, c.experts)
         self.mlp.experts = Experts(FeedForward(D, c.expert_ffn) for _ in range(c.experts))
 
     def forward(self, h, context):
         x, a = self.input_layernorm(h), self.self_attn
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (a.q_proj, a.k_proj, a.v_proj))
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))
+                   for project in (a.q_proj, a.k_proj, a.v_proj))
         h = h + a.o_proj(attend(a.q_norm(q), a.k_norm(k), v, context, self.layer))
-        return add_feed_forward(h, self.post_attention_layernorm(h), context.need, self.feed_forward)
+        x = self.post_attention_layernorm(h)
+        return add_feed_forward(h, x, context.need, self.feed_forward)
 
     def feed_forward(self, x, rows_per_sample=None):
-        # Softmax over all experts; the weights of the chosen are used as they are, so they sum to less than 1.
-        weights, chosen = self.mlp.gate(x).flatten(0, -2).float().softmax(-1).topk(self.top_k, dim=-1)
+        # Softmax over all experts. The weights of the chosen ones are used as they are, so they
+        # sum to less than 1.
+        share = self.mlp.gate(x).flatten(0, -2).float().softmax(-1)
+        weights, chosen = share.topk(self.top_k, dim=-1)
         return self.mlp.experts(x, weights, chosen, rows_per_sample)
 
     def matrices(self, scope):
-        found = {f"mlp.{name}": m for name, m in feed_forwards(self.mlp)}
+        found = feed_forward_matrices(self.mlp)
         if scope == "ffn+attn":
-            found |= {f"self_attn.{name}": getattr(self.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                found[f"self_attn.{name}"] = getattr(self.self_attn, name)
         return found
-
-
-class GroupRouter(nn.Module):
-    """The router of LLaDA2.x, in float32 throughout. Not an nn.Linear: neither quantised nor adapted."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.c, self.weight = c, nn.Parameter(torch.zeros(c.experts, c.width))
-        self.register_buffer("expert_bias", torch.zeros(c.experts))
-
-    def forward(self, x):
-        """x [N, D] -> weights, chosen [N, k]."""
-        c, score = self.c, F.linear(x.float(), self.weight.float()).sigmoid()
-        ranked = score + self.expert_bias  # the bias balances the load: it decides who is chosen, not how much of it
-        groups = ranked.view(len(x), c.groups, -1)
-        # A group is worth its two best experts; only experts of the best groups can be chosen.
-        best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1).topk(c.top_groups, dim=-1).indices
-        closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
-        chosen = groups.masked_fill(closed[..., None], -math.inf).flatten(1).topk(c.top_k, dim=-1).indices
-        weights = score.gather(1, chosen)
-        return c.routed_scale * weights / (weights.sum(-1, keepdim=True) + 1e-20), chosen
 
 
 class LLaDA2Block(nn.Module):
@@ -191,13 +225,13 @@ class LLaDA2Block(nn.Module):
 
     def __init__(self, c, layer):
         super().__init__()
-        D = c.width
-        self.layer, self.heads, self.kv_heads, self.head_dim, self.dense = layer, c.heads, c.kv_heads, c.head_dim, layer < c.dense_layers
+        self.layer, self.head_dim, self.dense = layer, c.head_dim, layer < c.dense_layers
+        self.heads, self.kv_heads, D = c.heads, c.kv_heads, c.width
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, c.eps), RMSNorm(D, c.eps)
-        self.attention = nn.Module()
-        self.attention.query_key_value = linear(D, (c.heads + 2 * c.kv_heads) * c.head_dim)
-        self.attention.dense = linear(c.heads * c.head_dim, D)
-        self.attention.query_layernorm, self.attention.key_layernorm = RMSNorm(c.head_dim, c.eps), RMSNorm(c.head_dim, c.eps)
+        self.attention = a = nn.Module()
+        a.query_key_value = linear(D, (c.heads + 2 * c.kv_heads) * c.head_dim)
+        a.dense = linear(c.heads * c.head_dim, D)
+        a.query_layernorm, a.key_layernorm = RMSNorm(c.head_dim, c.eps), RMSNorm(c.head_dim, c.eps)
         self.mlp = FeedForward(D, c.ffn) if self.dense else nn.Module()
         if not self.dense:
             self.mlp.gate = GroupRouter(c)
@@ -208,22 +242,45 @@ class LLaDA2Block(nn.Module):
         a = self.attention
         heads = a.query_key_value(self.input_layernorm(h)).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        h = h + a.dense(attend(a.query_layernorm(q), a.key_layernorm(k), v, context, self.layer))
-        return add_feed_forward(h, self.post_attention_layernorm(h), context.need, self.mlp if self.dense else self.feed_forward)
+        q, k = a.query_layernorm(q), a.key_layernorm(k)
+        h = h + a.dense(attend(q, k, v, context, self.layer))
+        feed_forward = self.mlp if self.dense else self.feed_forward
+        return add_feed_forward(h, self.post_attention_layernorm(h), context.need, feed_forward)
 
     def feed_forward(self, x, rows_per_sample=None):
-        return self.mlp.experts(x, *self.mlp.gate(x.flatten(0, -2)), rows_per_sample) + self.mlp.shared_experts(x, rows_per_sample)
+        weights, chosen = self.mlp.gate(x.flatten(0, -2))
+        routed = self.mlp.experts(x, weights, chosen, rows_per_sample)
+        return routed + self.mlp.shared_experts(x, rows_per_sample)
 
     def matrices(self, scope):
-        found = {f"mlp.{name}": m for name, m in feed_forwards(self.mlp)}
+        found = feed_forward_matrices(self.mlp)
         if scope == "ffn+attn":
-            found |= {f"attention.{name}": getattr(self.attention, name) for name in ("query_key_value", "dense")}
+            for name in ("query_key_value", "dense"):
+                found[f"attention.{name}"] = getattr(self.attention, name)
         return found
 
 
-def feed_forwards(mlp):
-    """The matrices of every feed-forward in a layer: (name, nn.Linear or its adapter)."""
-    for name, module in mlp.named_modules():
-        if isinstance(module, FeedForward):
-            for part in ("gate_proj", "up_proj", "down_proj"):
-                yield f"{name}.{part}".lstrip("."), getattr(module, part)
+class GroupRouter(nn.Module):
+    """The router of LLaDA2.x, in float32 throughout.
+
+    It is not an nn.Linear, so it is neither quantised nor adapted.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.c, self.weight = c, nn.Parameter(torch.zeros(c.experts, c.width))
+        self.register_buffer("expert_bias", torch.zeros(c.experts))
+
+    def forward(self, x):
+        """x [N, D] -> weights [N, k] and the chosen experts [N, k]."""
+        c, score = self.c, F.linear(x.float(), self.weight.float()).sigmoid()
+        # The bias balances the load. It decides which experts are chosen, not their weights.
+        groups = (score + self.expert_bias).view(len(x), c.groups, -1)  # [N, groups, experts]
+        # A group is worth its two best experts. Only experts of the best groups can be chosen.
+        worth = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
+        best = worth.topk(c.top_groups, dim=-1).indices
+        closed = torch.ones_like(worth, dtype=torch.bool).scatter(1, best, False)
+        ranked = groups.masked_fill(closed[..., None], -math.inf).flatten(1)
+        chosen = ranked.topk(c.top_k, dim=-1).indices
+        weights = score.gather(1, chosen)
+        return c.routed_scale * weights / (weights.sum(-1, keepdim=True) + 1e-20), chosen

@@ -1,4 +1,8 @@
-"""From a hub id or a folder to a Backbone: shards, 4 bits, random weights."""
+"""From a hub id or a folder to a backbone: shards, 4 bits, random weights.
+
+The network is built without memory first ("meta"). Then each parameter gets its values, one at a
+time, so the host never holds more than one of them besides the model.
+"""
 from __future__ import annotations
 
 import logging
@@ -15,35 +19,133 @@ from backbones.lora import merge_adapter
 from backbones.text import Tokenizer
 from files import model_folder, read_json
 
+# bitsandbytes warns of an optional CPU kernel.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns of an optional CPU kernel
 
+def load_backbone(model, load_4bit=False, dtype="auto", device=None, attention="full",
+                  checkpointing=False, merge="", random=False, seed=0, experts="loop"):
+    """A hub id or a folder in the hub's layout -> Backbone, frozen and in eval mode.
+
+    random: `model` is a name of PUBLISHED or a config.json as a dict, and the weights are random.
+    dtype: auto (bfloat16 on a GPU, the file's on a CPU), bfloat16 or float32. merge: the folder of
+    an adapter that is added to the weights before they are rounded. experts: loop or grouped, see
+    Experts. A ValueError says in one line what does not fit.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if random:
+        folder, raw = None, PUBLISHED[model] if isinstance(model, str) else model
+        source = random_source(device, seed)
+    else:
+        folder = model_folder(model)
+        raw, source = read_json(folder / "config.json"), Shards(folder)
+    config = translate(raw, str(folder / "config.json") if folder else "config")
+    family, tokenizer = FAMILIES[config.family], None
+    if folder and (folder / "tokenizer.json").exists():
+        tokenizer = Tokenizer(folder, config)
+    config = set_special_ids(config, tokenizer)
+    if attention == "block" and not family.block_length:
+        raise ValueError(f"--attention block is for LLaDA2.x; {family.title} attends fully")
+    dtype = choose_dtype(dtype, raw, device)
+    with torch.device("meta"):
+        network = build_network(config)
+        for module in network.modules():
+            if isinstance(module, Experts):
+                module.grouped = experts == "grouped"
+        if load_4bit:
+            to_4bit(network, config, dtype)
+    whole = merge_adapter(source, merge, network, model, family.embed) if merge else source
+    load_weights(network, whole, dtype, device)
+    if folder:
+        source.finish()
+    if tokenizer:
+        tokenizer.mask_id, tokenizer.eos_id = config.mask_id, config.eos_id
+    network.is_loaded_in_4bit = load_4bit  # where PEFT looks
+    if device.type == "cuda":
+        # TF32: products in float32, above all the LoRA's, on tensor cores.
+        torch.set_float32_matmul_precision("high")
+    name = (model if folder else "random weights") + (f" merged with {merge}" if merge else "")
+    return Backbone(network, config, tokenizer, attention, checkpointing, name).eval()
+
+
+def choose_dtype(dtype, raw, device):
+    """The precision of weights and computation, as torch names it."""
+    if dtype == "auto":
+        stored = raw.get("dtype") or raw.get("torch_dtype")
+        dtype = "bfloat16" if device.type == "cuda" or stored == "bfloat16" else "float32"
+    return getattr(torch, dtype)
+
+
+def set_special_ids(config, tokenizer):
+    """The config with the ids of mask and end.
+
+    They come from config.json, else from the tokenizer, else from the family's row.
+    """
+    family = FAMILIES[config.family]
+    mask, eos = config.mask_id, config.eos_id
+    if tokenizer:
+        mask = tokenizer.mask_id if mask is None else mask
+        eos = tokenizer.eos_id if eos is None else eos
+    mask = family.mask_id if mask is None else mask
+    eos = family.eos_id if eos is None else eos
+    for what, key, i in (("mask", "mask_token_id", mask), ("end", "eos_token_id", eos)):
+        if not isinstance(i, int) or not 0 <= i < config.vocab_size:
+            raise ValueError(f"the {what} token's id is {i!r}, outside the vocabulary of "
+                             f"{config.vocab_size}; set {key} in config.json")
+    if mask == eos:
+        raise ValueError(f"mask and end token have the same id, {mask}; correct mask_token_id in "
+                         "config.json")
+    return replace(config, mask_id=mask, eos_id=eos)
+
+
+def load_weights(network, source, dtype, device):
+    """Give every parameter and buffer its values. source(name, shape) -> tensor."""
+    for path, module in network.named_modules():
+        empties = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, empty in empties:
+            value = source(f"{path}.{name}", empty.shape)
+            if not value.isfinite().all():
+                raise ValueError(f"{path}.{name} holds numbers that are not finite; the "
+                                 "checkpoint is damaged")
+            if hasattr(empty, "quant_type"):  # Params4bit is quantised on its way to the device
+                value = type(empty)(value.to(dtype), requires_grad=False, quant_type="nf4",
+                                    compress_statistics=True, module=module).to(device)
+            elif isinstance(empty, nn.Parameter):
+                value = nn.Parameter(value.to(device, dtype), requires_grad=False)
+            else:  # the router's bias is stored in float32 and stays so
+                value = value.to(device, torch.float32)
+            setattr(module, name, value)
+
+
+# ---- Where weights come from --------------------------------------------------------------------
 
 class Shards:
-    """The safetensors files of a model folder. Called with a name and a shape, gives that tensor, read from disk now."""
+    """The safetensors files of a model folder. shards(name, shape) reads that tensor from disk."""
 
     def __init__(self, folder):
         self.folder, self.open, self.used = folder, {}, set()
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            names = read_json(index).get("weight_map", {})
-            for file in set(names.values()):
+            self.where = read_json(index).get("weight_map", {})  # name of a tensor -> of its file
+            for file in set(self.where.values()):
                 if not re.fullmatch(r"[\w.-]+\.safetensors", str(file)):
-                    raise ValueError(f"{index} names the file {file!r}, which is not a safetensors file beside it")
-            self.where = names
+                    raise ValueError(f"{index} names the file {file!r}, which is not a safetensors "
+                                     "file beside it")
         else:
             self.where = dict.fromkeys(self.file("model.safetensors")[1], "model.safetensors")
 
     def file(self, name):
+        """An open file and the names of its tensors."""
         from safetensors import SafetensorError, safe_open
         if name not in self.open:
-            if not (self.folder / name).exists():
-                raise ValueError(f"{self.folder / name} is missing")
+            path = self.folder / name
+            if not path.exists():
+                raise ValueError(f"{path} is missing")
             try:
-                file = safe_open(self.folder / name, "pt")
+                file = safe_open(path, "pt")
                 self.open[name] = file, set(file.keys())
             except SafetensorError as error:
-                raise ValueError(f"{self.folder / name} is not a safetensors file: {error}") from None
+                raise ValueError(f"{path} is not a safetensors file: {error}") from None
         return self.open[name]
 
     def __call__(self, name, shape):
@@ -51,7 +153,8 @@ class Shards:
             raise ValueError(f"{self.folder}: the checkpoint has no {name}")
         file, names = self.file(self.where[name])
         if name not in names:
-            raise ValueError(f"{self.folder / self.where[name]} has no {name}, though the index says so")
+            raise ValueError(f"{self.folder / self.where[name]} has no {name}, though the index "
+                             "says so")
         found = file.get_slice(name).get_shape()
         if list(found) != list(shape):
             raise ValueError(f"{self.folder}: {name} should be {list(shape)}, is {list(found)}")
@@ -59,14 +162,16 @@ class Shards:
         return file.get_tensor(name)
 
     def finish(self):
-        """Everything that is in the files must have been asked for."""
-        if left := sorted(set(self.where) - self.used):
-            raise ValueError(f"{self.folder}: {len(left)} weights of the checkpoint have no place in the model: "
-                             f"{', '.join(left[:3])}{' ...' if len(left) > 3 else ''}")
+        """ValueError unless everything in the files was asked for."""
+        left = sorted(set(self.where) - self.used)
+        if left:
+            some = ", ".join(left[:3]) + (" ..." if len(left) > 3 else "")
+            raise ValueError(f"{self.folder}: {len(left)} weights of the checkpoint have no place "
+                             f"in the model: {some}")
 
 
 def random_source(device, seed=0):
-    """In place of a checkpoint: the same shapes, random numbers, made where they are needed and one at a time."""
+    """In place of Shards: random numbers of the same shapes, made one tensor at a time."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def tensor(name, shape):
@@ -76,117 +181,57 @@ def random_source(device, seed=0):
     return tensor
 
 
+# ---- 4 bits -------------------------------------------------------------------------------------
+
 def quantisable(network, config):
-    """{name: nn.Linear} of the blocks but the router: what --load-4bit quantises."""
-    return {name: m for name, m in network.named_modules() if type(m) is nn.Linear and name != FAMILIES[config.family].head
-            and name.rpartition(".")[2] != FAMILIES[config.family].router}
+    """{name: nn.Linear} of the blocks, without routers: what --load-4bit quantises."""
+    family = FAMILIES[config.family]
+    return {name: module for name, module in network.named_modules()
+            if type(module) is nn.Linear and name != family.head
+            and name.rpartition(".")[2] != family.router}
 
 
 def to_4bit(network, config, dtype):
-    """Replace every linear layer of the blocks but the router by bitsandbytes' nf4 with double quantisation."""
+    """Replace these layers by bitsandbytes' nf4 with double quantisation."""
     try:
         import bitsandbytes as bnb
     except ImportError:
-        raise ValueError("--load-4bit needs bitsandbytes, which is not installed: pip install bitsandbytes") from None
+        raise ValueError("--load-4bit needs bitsandbytes, which is not installed: "
+                         "pip install bitsandbytes") from None
     found = quantisable(network, config)
     if not found:
         raise ValueError("--load-4bit found no linear layer to quantise")
     for path, old in found.items():
-        new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=dtype, compress_statistics=True,
-                                quant_type="nf4", device="meta")
-        # On some CPUs bitsandbytes switches in eval mode to a fused product that has no gradient: adapting to a prompt would
-        # silently do nothing.
+        new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=dtype,
+                                compress_statistics=True, quant_type="nf4", device="meta")
+        # On some CPUs bitsandbytes switches in eval mode to a fused product that has no gradient.
+        # Adapting to a prompt would then silently do nothing.
         new.support_avx512bf16_for_cpu = False
         place, _, name = path.rpartition(".")
         setattr(network.get_submodule(place), name, new)
 
 
-def load_weights(network, source, dtype, device):
-    """Give every parameter its values, one at a time, so that the host holds no more than one of them."""
-    for path, module in network.named_modules():
-        for name, empty in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            value = source(f"{path}.{name}", empty.shape)
-            if not value.isfinite().all():
-                raise ValueError(f"{path}.{name} holds numbers that are not finite; the checkpoint is damaged")
-            if hasattr(empty, "quant_type"):  # Params4bit: quantised on its way to the device
-                value = type(empty)(value.to(dtype), requires_grad=False, quant_type="nf4", compress_statistics=True,
-                                    module=module).to(device)
-            elif isinstance(empty, nn.Parameter):
-                value = nn.Parameter(value.to(device, dtype), requires_grad=False)
-            else:  # the router's bias is stored in float32 and stays so
-                value = value.to(device, torch.float32)
-            setattr(module, name, value)
-
-
-def load_backbone(model, load_4bit=False, dtype="auto", device=None, attention="full", checkpointing=False, merge="", random=False,
-         seed=0, experts="loop"):
-    """A hub id, a folder in the hub's layout, or (random=True) a name of PUBLISHED or a config -> Backbone, frozen.
-
-    dtype: auto (bfloat16 on a GPU, the file's on a CPU), bfloat16 or float32. merge: folder of an adapter that is added
-    to the weights before they are rounded. experts: loop, or grouped (see Experts). ValueError says in one line what does not fit.
-    """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if random:
-        folder, raw, source = None, PUBLISHED[model] if isinstance(model, str) else model, random_source(device, seed)
-    else:
-        folder = model_folder(model)
-        raw, source = read_json(folder / "config.json"), Shards(folder)
-    config = translate(raw, str(folder / "config.json") if folder else "config")
-    tokenizer = Tokenizer(folder, config) if folder and (folder / "tokenizer.json").exists() else None
-    config = special_ids(config, tokenizer)
-    if attention == "block" and not FAMILIES[config.family].block_length:
-        raise ValueError(f"--attention block is for LLaDA2.x; {FAMILIES[config.family].title} attends fully")
-    if dtype == "auto":
-        stored = raw.get("dtype") or raw.get("torch_dtype")
-        dtype = "bfloat16" if device.type == "cuda" or stored == "bfloat16" else "float32"
-    dtype = getattr(torch, dtype)
-    with torch.device("meta"):
-        network = build_network(config)
-        for module in network.modules():
-            if isinstance(module, Experts):
-                module.grouped = experts == "grouped"
-        if load_4bit:
-            to_4bit(network, config, dtype)
-    load_weights(network, merge_adapter(source, merge, network, model, FAMILIES[config.family].embed) if merge else source, dtype, device)
-    if folder:
-        source.finish()
-    if tokenizer:
-        tokenizer.mask_id, tokenizer.eos_id = config.mask_id, config.eos_id
-    network.is_loaded_in_4bit = load_4bit  # where PEFT looks
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # float32 products, the LoRA's above all, on tensor cores (TF32)
-    name = model if folder else "random weights"
-    name += f" merged with {merge}" if merge else ""
-    return Backbone(network, config, tokenizer, attention, checkpointing, name).eval()
-
-
-def special_ids(config, tokenizer):
-    """The ids of mask and end: from config.json, else from the tokenizer, else the published ones."""
-    family = FAMILIES[config.family]
-    mask, eos = family.mask_id, family.eos_id
-    given = (config.mask_id, tokenizer.mask_id if tokenizer else None, mask), (config.eos_id, tokenizer.eos_id if tokenizer else None, eos)
-    mask, eos = (next(i for i in ids if i is not None) for ids in given)
-    for what, i in (("mask", mask), ("end", eos)):
-        if not isinstance(i, int) or not 0 <= i < config.vocab_size:
-            raise ValueError(f"the {what} token's id is {i!r}, outside the vocabulary of {config.vocab_size}; "
-                             f"set {'mask' if what == 'mask' else 'eos'}_token_id in config.json")
-    if mask == eos:
-        raise ValueError(f"mask and end token have the same id, {mask}; correct mask_token_id in config.json")
-    return replace(config, mask_id=mask, eos_id=eos)
-
+# ---- What was loaded ----------------------------------------------------------------------------
 
 def describe(backbone):
     """One line: what was loaded."""
-    is_4bit = [m for m in backbone.modules() if hasattr(m, "quant_state") and hasattr(m, "in_features")]
+    in_4bit = [m for m in backbone.modules()
+               if hasattr(m, "quant_state") and hasattr(m, "in_features")]
     adapted = sum(hasattr(m, "lora_A") for m in backbone.modules())
-    lora = sum(p.numel() for n, p in backbone.named_parameters() if "lora_" in n)
-    packed = sum(m.weight.numel() for m in is_4bit)
-    whole = sum(m.in_features * m.out_features for m in is_4bit)
-    total = sum(p.numel() for n, p in backbone.named_parameters() if "lora_" not in n) - packed + whole
+    packed = sum(m.weight.numel() for m in in_4bit)
+    unpacked = sum(m.in_features * m.out_features for m in in_4bit)
+    lora, total = 0, unpacked - packed
+    for name, p in backbone.named_parameters():
+        if "lora_" in name:
+            lora += p.numel()
+        else:
+            total += p.numel()
     size = sum(p.numel() * p.element_size() for p in backbone.parameters())
-    return (f"{backbone.title}: {human_count(total)} parameters, {len(is_4bit):,} layers in 4-bit, {adapted:,} with "
-            f"LoRA ({human_count(lora)} parameters), {size / 2**30:.3g} GiB on {next(backbone.parameters()).device}")
+    return (f"{backbone.title}: {human_count(total)} parameters, {len(in_4bit):,} layers in 4-bit, "
+            f"{adapted:,} with LoRA ({human_count(lora)} parameters), {size / 2**30:.3g} GiB on "
+            f"{next(backbone.parameters()).device}")
 
 
 def human_count(n):
+    """7356880896 -> "7.36 billion"."""
     return f"{n / 1e9:.3g} billion" if n >= 1e9 else f"{n / 1e6:.3g} million"

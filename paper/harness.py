@@ -76,7 +76,7 @@ class Harness:
     @property
     def tokenizer_name(self):
         """The harness names its cache by this when it uses a chat template."""
-        return str(getattr(self.backbone, "name", "toy")).replace("/", "__")
+        return str(self.backbone.name).replace("/", "__")
 
     def chat_template(self, chat_template=False):
         """The template's text for the harness's records, None if there is none."""

@@ -7,7 +7,10 @@ import pytest
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """cli(script, *arguments) runs a script's main() in an empty folder; returns its exit code, stdout and stderr."""
+    """cli(script, *arguments) runs a script's main() in an empty folder.
+
+    It returns the exit code, stdout and stderr.
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(script, *arguments, stdin=""):

@@ -1,12 +1,13 @@
 """End a training run suddenly, again and again, and see whether anything is lost.
 
-    python tests/crash.py --kills 100        prints what was done and found; exit code 1 if anything differs
+    python tests/crash.py --kills 100        prints what was done and found; exit code 1 if anything
+    differs
 
-Half of the kills come from outside, -9 at a random moment. The others come from a timer in the process that is set when a
-checkpoint begins to be written and goes off within the time that the quickest one took: the process ends as suddenly.
-The killed run is resumed until it ends. Its weights, optimiser and metrics must then be those of a run nobody touched, bit for
-bit; after each kill the checkpoint must be readable; and no resume may repeat more than one save interval.
-"""
+Half of the kills come from outside, -9 at a random moment. The others come from a timer in the
+process that is set when a checkpoint begins to be written and goes off within the time that the
+quickest one took: the process ends as suddenly. The killed run is resumed until it ends. Its
+weights, optimiser and metrics must then be those of a run nobody touched, bit for bit; after each
+kill the checkpoint must be readable; and no resume may repeat more than one save interval. """
 import argparse
 import json
 import math
@@ -23,14 +24,18 @@ import runs
 import train  # imported once: every run is a fork of this process
 
 EVERY, SAVING = 4, Path("saving")
-FLAGS = ["--model", "toy", "--data", "languages", "--steps", "60", "--batch", "2",
-         "--width", "16", "--layers", "1", "--heads", "2", "--log-every", "1", "--save-every", str(EVERY),
-         "--sample-every", "0", "--table-samples", "0", "--threads", "1", "--no-control"]
+FLAGS = [
+    "--model", "toy", "--data", "languages", "--steps", "60", "--batch", "2", "--width", "16",
+    "--layers", "1", "--heads", "2", "--log-every", "1", "--save-every",
+    str(EVERY), "--sample-every", "0", "--table-samples", "0", "--threads", "1", "--no-control"
+]
 
 
 def watch_saves(rng):
-    """In this process: a file says when a checkpoint is being written. With rng one of the next ones is not finished: SIGALRM
-    ends the process, for nothing handles it."""
+    """In this process: a file says when a checkpoint is being written.
+
+    With rng one of the next ones is not finished: SIGALRM ends the process, for nothing handles it.
+    """
     write, left, took = runs.write_whole, [rng.randint(2, 4) if rng else -1], [math.inf]
 
     def watched(path, how):
@@ -48,7 +53,10 @@ def watch_saves(rng):
 
 
 def start(*arguments, rng=None):
-    """A training run as a process of its own; its output goes to log.txt. Returns its number. rng: it is to die while saving."""
+    """A training run as a process of its own; its output goes to log.txt.
+
+    Returns its number. rng: it is to die while saving.
+    """
     if (child := os.fork()) == 0:
         try:
             watch_saves(rng)
@@ -66,7 +74,10 @@ def start(*arguments, rng=None):
 
 
 def ended(child, until):
-    """The exit code if the process ends before `until`, else None. A process killed has a negative one."""
+    """The exit code if the process ends before `until`, else None.
+
+    A process killed has a negative one.
+    """
     while time.monotonic() < until:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -76,7 +87,10 @@ def ended(child, until):
 
 
 def kill(child, rng):
-    """Wait for a random moment and kill. Returns the exit code: -9, or that of a run that ended before."""
+    """Wait for a random moment and kill.
+
+    Returns the exit code: -9, or that of a run that ended before.
+    """
     if (code := ended(child, time.monotonic() + rng.uniform(0.02, 1.2))) is not None:
         return code
     os.kill(child, signal.SIGKILL)
@@ -91,7 +105,8 @@ def metrics(folder):
 def last_step(folder):
     """The last step that a killed run logged, -1 for none; its last line may be half."""
     path = folder / "metrics.jsonl"
-    whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+    whole = [line for line in path.read_text().splitlines(True)
+             if line.endswith("\n")] if path.exists() else []
     return json.loads(whole[-1])["step"] if whole else -1
 
 
@@ -109,8 +124,12 @@ def saved_step(folder):
 def crash(kills, seed=0):
     """Runs until so many kills have hit. Returns what happened."""
     rng, folder = random.Random(seed), Path("killed")
-    report = {"kills": 0, "while_saving": 0, "runs": 0, "most_repeated": 0, "unreadable": 0, "different": 0}
-    assert ended(start(*FLAGS, "--out", "whole"), time.monotonic() + 300) == 0, Path("log.txt").read_text()
+    report = {
+        "kills": 0, "while_saving": 0, "runs": 0, "most_repeated": 0, "unreadable": 0,
+        "different": 0
+    }
+    assert ended(start(*FLAGS, "--out", "whole"),
+                 time.monotonic() + 300) == 0, Path("log.txt").read_text()
     want, want_metrics = Path("whole/model.safetensors").read_bytes(), metrics(Path("whole"))
     while report["kills"] < kills:
         begun, aimed = (folder / "settings.json").exists(), report["kills"] % 2 == 1
@@ -124,12 +143,14 @@ def crash(kills, seed=0):
             report["while_saving"] += SAVING.exists()
             SAVING.unlink(missing_ok=True)
             try:
-                report["most_repeated"] = max(report["most_repeated"], last_step(folder) + 1 - saved_step(folder))
+                report["most_repeated"] = max(report["most_repeated"],
+                                              last_step(folder) + 1 - saved_step(folder))
             except Exception:
                 report["unreadable"] += 1
         elif code == 0:
             report["runs"] += 1
-            report["different"] += (folder / "model.safetensors").read_bytes() != want or metrics(folder) != want_metrics
+            report["different"] += (folder / "model.safetensors"
+                                    ).read_bytes() != want or metrics(folder) != want_metrics
             for path in sorted(folder.rglob("*"), reverse=True):
                 path.unlink()
             folder.rmdir()
@@ -140,13 +161,15 @@ def crash(kills, seed=0):
                          time.monotonic() + 300)) != 0:
         raise SystemExit(f"the last run ended with {code}:\n{Path('log.txt').read_text()[-2000:]}")
     report["runs"] += 1
-    report["different"] += (folder / "model.safetensors").read_bytes() != want or metrics(folder) != want_metrics
+    report["different"] += (
+        folder / "model.safetensors").read_bytes() != want or metrics(folder) != want_metrics
     return report
 
 
 if __name__ == "__main__":
     import tempfile
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

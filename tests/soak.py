@@ -1,10 +1,11 @@
 """Train and adapt in one process for as long as you like, and watch its memory.
 
-    python tests/soak.py --minutes 60      prints a line per round and a summary; exit code 1 if memory grows or a weight changes
+    python tests/soak.py --minutes 60      prints a line per round and a summary; exit code 1 if
+    memory grows or a weight changes
 
-A round trains the default toy and its control for some steps, with checkpoints and pictures, then adapts to a thousand prompts and
-decodes after them. Rounds are alike: what the last third of them holds more than the first has leaked.
-"""
+A round trains the default toy and its control for some steps, with checkpoints and pictures, then
+adapts to a thousand prompts and decodes after them. Rounds are alike: what the last third of them
+holds more than the first has leaked. """
 import argparse
 import contextlib
 import io
@@ -35,8 +36,12 @@ def resident():
 
 
 def one_round(folder, number):
-    sys.argv = ["train.py", "--model", "toy", "--steps", str(STEPS), "--save-every", "20", "--threads", "1",
-                "--table-samples", "8", "--seed", str(number), "--out", str(folder)]
+    sys.argv = [
+        "train.py", "--model", "toy", "--steps",
+        str(STEPS), "--save-every", "20", "--threads", "1", "--table-samples", "8", "--seed",
+        str(number), "--out",
+        str(folder)
+    ]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train.main()
     s = read_settings(folder)
@@ -47,14 +52,17 @@ def one_round(folder, number):
     for start in range(0, PROMPTS, BATCH):
         batch = data.tests("16 x1", range(start, start + BATCH), s.closed_book)
         phi, _ = memdlm.adapt(backbone, s, batch.prompt, batch.prompt_valid, batch.seeds)
-        for _ in memdlm.denoise(backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi):
+        for _ in memdlm.denoise(backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds,
+                                phi):
             pass
     return all(torch.equal(p, before[name]) for name, p in backbone.state_dict().items())
 
 
 def growth(levels):
-    """Megabytes at the start and at the end, each a median of a third, and whether that is growth. The first rounds load what is
-    loaded once, and fill the allocator's pools."""
+    """Megabytes at the start and at the end, each a median of a third, and whether that is growth.
+
+    The first rounds load what is loaded once, and fill the allocator's pools.
+    """
     levels = levels[8:]
     third = len(levels) // 3
     early, late = statistics.median(levels[:third]), statistics.median(levels[-third:])
@@ -71,12 +79,16 @@ def soak(minutes):
             levels.append(resident())
             print(f"round {len(levels)}: {levels[-1]:.0f} MB", flush=True)
     early, late, grows = growth(levels)
-    return {"minutes": minutes, "rounds": len(levels), "steps": 2 * STEPS * len(levels), "prompts": PROMPTS * len(levels),
-            "weights_unchanged_by_adapting": sound, "early_mb": round(early), "late_mb": round(late), "grows": grows}
+    return {
+        "minutes": minutes, "rounds": len(levels), "steps": 2 * STEPS * len(levels),
+        "prompts": PROMPTS * len(levels), "weights_unchanged_by_adapting": sound,
+        "early_mb": round(early), "late_mb": round(late), "grows": grows
+    }
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     result = soak(parser.parse_args().minutes)
     print(json.dumps(result))

@@ -1,4 +1,4 @@
-"""The scripts as a user meets them: run folders, resuming, generating, comparing, and one-line errors."""
+"""The scripts as a user meets them: run folders, resuming, answers, tables, one-line errors."""
 import json
 import re
 import shlex
@@ -22,19 +22,28 @@ import generate
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2", "--log-every", "1",
-        "--save-every", "3", "--sample-every", "3", "--table-samples", "3", "--threads", "1"]
+TINY = [
+    "--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2", "--log-every",
+    "1", "--save-every", "3", "--sample-every", "3", "--table-samples", "3", "--threads", "1"
+]
 
-REAL_TINY = ["--sample-every", "0", "--eval-every", "0", "--accumulate", "1", "--steps", "2", "--table-samples", "0"]
+REAL_TINY = [
+    "--sample-every", "0", "--eval-every", "0", "--accumulate", "1", "--steps", "2",
+    "--table-samples", "0"
+]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a tiny closed-book run and its control, and one on bytes, made once for the tests that only read."""
+    """A folder with a tiny closed-book run and its control, and one on bytes, made once for the
+    tests that only read."""
     folder = tmp_path_factory.mktemp("trained")
-    for arguments in (["--out", "runs/words"], ["--out", "runs/bytes", "--data", "python", "--prompt-length", "24",
-                                                "--response-length", "8"]):
-        subprocess.run([sys.executable, ROOT / "train.py", *TINY, *arguments], cwd=folder, check=True, capture_output=True)
+    for arguments in (["--out", "runs/words"], [
+            "--out", "runs/bytes", "--data", "python", "--prompt-length", "24", "--response-length",
+            "8"
+    ]):
+        subprocess.run([sys.executable, ROOT / "train.py", *TINY, *arguments], cwd=folder,
+                       check=True, capture_output=True)
     return folder
 
 
@@ -52,27 +61,34 @@ def refused(result):
     return lines[0]
 
 
-# ---- training ------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 def test_a_run_leaves_its_folder_and_prints_the_panel(cli, tmp_path):
     code, out, _ = cli(train, "--model", "toy", *TINY)
     folder = tmp_path / "runs" / "dictionary"
     assert code == 0
-    assert {p.name for p in folder.iterdir()} == {"settings.json", "origin.json", "model.safetensors", "metrics.jsonl", "loss.png",
-                                                  "panel.png", "control"}
+    assert {p.name
+            for p in folder.iterdir()} == {
+                "settings.json", "origin.json", "model.safetensors", "metrics.jsonl", "loss.png",
+                "panel.png", "control"
+            }
     assert [line["step"] for line in metrics(folder)] == list(range(6))
     settings = json.loads((folder / "settings.json").read_text())
-    assert settings["trajectory"] == "cover:4" and settings["steps"] == 6 and settings["closed_book"]
+    assert settings["trajectory"] == "cover:4" and settings["steps"] == 6
+    assert settings["closed_book"]
     control = json.loads((folder / "control" / "settings.json").read_text())
-    assert not control["memory"] and not control["closed_book"] and control["seed"] == settings["seed"]
-    for text in ("nothing (theta alone)", "its prompt, cover:4", "another prompt, cover:4", "paper's masks",
-                 "MDLM, sees the prompt", "sample at step 3", "python generate.py --adapt"):
+    assert not control["memory"] and not control["closed_book"] and control["seed"] == settings[
+        "seed"]
+    for text in ("nothing (theta alone)", "its prompt, cover:4", "another prompt, cover:4",
+                 "paper's masks", "MDLM, sees the prompt", "sample at step 3",
+                 "python generate.py --adapt"):
         assert text in out, text
 
 
 @pytest.mark.parametrize("data", ["languages", "dictionary"])
 def test_the_baseline_sees_the_same_data_and_masks(cli, tmp_path, data):
-    """At step 0 the weights are the same too, so the loss without memory is the baseline's to the last bit."""
+    """At step 0 the weights are the same too, so the loss without memory is the baseline's to
+    the last bit."""
     flags = ["--data", data, "--no-control", "--no-closed-book", *TINY, "--table-samples", "0"]
     cli(train, *flags, "--out", "a")
     cli(train, *flags, "--no-memory", "--out", "b")
@@ -82,7 +98,10 @@ def test_the_baseline_sees_the_same_data_and_masks(cli, tmp_path, data):
 @pytest.mark.parametrize("data", ["dictionary", "languages", "retrieval", "python", "pydoc"])
 @pytest.mark.parametrize("memory", ["--memory", "--no-memory"])
 def test_every_kind_of_data_trains_with_and_without_memory(cli, tmp_path, data, memory):
-    flags = ["--data", data, memory, "--no-control", "--steps", "2", "--prompt-length", "32", "--response-length", "8"]
+    flags = [
+        "--data", data, memory, "--no-control", "--steps", "2", "--prompt-length", "32",
+        "--response-length", "8"
+    ]
     settings = [x for x in TINY if x not in ("--steps", "6")]
     assert cli(train, *settings, *flags, "--table-samples", "0", "--out", "r")[0] == 0
     lines = metrics(tmp_path / "r")
@@ -97,7 +116,8 @@ def test_same_seed_same_weights_other_seed_others(cli, tmp_path):
 
 
 class StopAfter:
-    """Stands in for Ctrl-C after a number of steps (each step reads it twice, the saving step once more)."""
+    """Stands in for Ctrl-C after a number of steps (each step reads it twice, the saving step
+    once more)."""
 
     def __init__(self, folder, step):
         self.folder, self.step = folder, step
@@ -117,11 +137,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch, s
         patch.setattr(train, "Stop", lambda: StopAfter(tmp_path / "parts", stop_after))
         code, out, _ = cli(train, *flags, "--out", "parts")
     assert code == 130 and f"stopped after step {stop_after}" in out and "--resume parts" in out
-    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:  # as a kill after the checkpoint would leave it
+    # As a kill after the checkpoint would leave it.
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": stop_after, "loss": 0}) + '\n{"step": 99, "lo')
     assert cli(train, "--resume", "parts")[0] == 0
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
-    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "parts/model.safetensors").read_bytes()
+    assert (tmp_path /
+            "whole/model.safetensors").read_bytes() == (tmp_path /
+                                                        "parts/model.safetensors").read_bytes()
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(cli, tmp_path, monkeypatch):
@@ -140,53 +163,65 @@ def test_a_full_disk_keeps_the_previous_checkpoint(cli, tmp_path, monkeypatch):
     assert saved == ["3"] and not list((tmp_path / "r").glob("*.tmp"))
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    assert cli(train, "--resume", "r")[0] == 0 and [line["step"] for line in metrics(tmp_path / "r")] == list(range(6))
+    assert cli(train, "--resume",
+               "r")[0] == 0 and [line["step"] for line in metrics(tmp_path / "r")] == list(range(6))
 
 
 def test_a_second_run_does_not_overwrite_the_first(cli, tmp_path):
     for _ in range(2):
         cli(train, *TINY, "--data", "languages", "--no-memory")
-    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"languages-baseline", "languages-baseline-2"}
+    assert {p.name
+            for p in (tmp_path / "runs").iterdir()} == {
+                "languages-baseline", "languages-baseline-2"
+            }
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     s = Settings(steps=100, lr=1.0)
     rates = [train.learning_rate(s, step) for step in range(100)]
-    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and rates[-1] < 1e-3
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[55] == pytest.approx(
+        0.5) and rates[-1] < 1e-3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(cli):
-    code, _, err = cli(train, *TINY, "--no-control", "--lr", "1e30", "--no-memory", "--grad-clip", "1e30")
+    code, _, err = cli(train, *TINY, "--no-control", "--lr", "1e30", "--no-memory", "--grad-clip",
+                       "1e30")
     assert code == 2 and re.search(r"error: step \d: .*not finite", err) and "Traceback" not in err
 
 
-# ---- generating ----------------------------------------------------------------------------------------
+# ---- generating ----------------------------------------------------------------------------------
 
 def test_generate_answers_the_built_in_example_with_and_without_memory(cli, trained):
     code, out, _ = cli(generate, "--run", trained / "runs/words", "--adapt")
     assert code == 0
-    for text in ("prompt (the decoder does not see it): ", "question: ", "without memory: ", "with memory of the prompt: ",
-                 "inner loss", "The right answer: "):
+    for text in ("prompt (the decoder does not see it): ", "question: ", "without memory: ",
+                 "with memory of the prompt: ", "inner loss", "The right answer: "):
         assert text in out
     assert cli(generate, "--run", trained / "runs/words", "--adapt")[1] == out  # seeded
 
 
 def test_generate_takes_a_prompt_a_file_and_a_conversation(cli, trained, tmp_path):
     words, text = trained / "runs/words", trained / "runs/bytes"
-    assert "ruby" in cli(generate, "--run", words, "--prompt", "fox ruby owl jade", "--question", "owl ? fox ?")[1]
+    assert "ruby" in cli(generate, "--run", words, "--prompt", "fox ruby owl jade", "--question",
+                         "owl ? fox ?")[1]
     (tmp_path / "in.txt").write_text("def f(x):")
-    code, out, _ = cli(generate, "--run", text, "--file", "in.txt", "--adapt", "--length", "5", "--block-length", "2",
-                       "--temperature", "0.7", "--cfg-scale", "1", "--remasking", "random", "--show")
+    code, out, _ = cli(generate, "--run", text, "--file", "in.txt", "--adapt", "--length", "5",
+                       "--block-length", "2", "--temperature", "0.7", "--cfg-scale", "1",
+                       "--remasking", "random", "--show")
     assert code == 0 and "without memory:\n    0  def f(x):?????" in out
-    code, out, _ = cli(generate, "--run", words, "--chat", "--adapt", stdin="owl ?\nfox ruby owl jade\nowl ?\nzzz ?\nquit\n")
-    assert code == 0 and "first a prompt" in out and "with memory" in out and "zzz" in out.split("error:")[1]
+    code, out, _ = cli(generate, "--run", words, "--chat", "--adapt",
+                       stdin="owl ?\nfox ruby owl jade\nowl ?\nzzz ?\nquit\n")
+    assert code == 0 and "first a prompt" in out and "with memory" in out and "zzz" in out.split(
+        "error:")[1]
 
 
 def test_the_page_is_self_contained_and_escapes_every_token(cli, trained, tmp_path):
     evil = "</script><b>&"
-    assert cli(generate, "--run", trained / "runs/bytes", "--adapt", "--prompt", evil, "--html", "o.html")[0] == 0
+    assert cli(generate, "--run", trained / "runs/bytes", "--adapt", "--prompt", evil, "--html",
+               "o.html")[0] == 0
     page = (tmp_path / "o.html").read_text()
-    assert "&lt;/script&gt;&lt;b&gt;&amp;" in page and page.count("</script>") == 1 and "<b>" not in page
+    assert "&lt;/script&gt;&lt;b&gt;&amp;" in page and page.count(
+        "</script>") == 1 and "<b>" not in page
     assert not re.search(r"https?://|src=|@import", page)
     panels = json.loads(re.search(r"const panels = (.*);", page)[1])
     assert [p["label"] for p in panels] == ["without memory", "with memory of the prompt"]
@@ -199,19 +234,21 @@ def test_the_page_is_self_contained_and_escapes_every_token(cli, trained, tmp_pa
 
 def test_settings_of_the_inner_loop_can_be_changed_at_generation(cli, trained):
     base = cli(generate, "--run", trained / "runs/words", "--adapt")[1]
-    changed = cli(generate, "--run", trained / "runs/words", "--adapt", "--trajectory", "consistent", "--inner-steps", "3")[1]
+    changed = cli(generate, "--run", trained / "runs/words", "--adapt", "--trajectory",
+                  "consistent", "--inner-steps", "3")[1]
     count = lambda out: out.split("inner loss ")[1].split("]")[0].count(">") + 1
     assert count(base) == 4 and count(changed) == 3
 
 
-# ---- comparing -----------------------------------------------------------------------------------------
+# ---- comparing -----------------------------------------------------------------------------------
 
 def test_evaluate_groups_seeds_and_writes_numbers(cli, tmp_path):
     for seed in (0, 1):
         cli(train, *TINY, "--data", "languages", "--seed", seed, "--out", f"runs/{seed}")
-    code, out, _ = cli(evaluate, "runs/0", "runs/1", "--samples", "4", "--json", "o.json", "--picture", "o.png",
-                       "--trajectory", "cover:2")
-    assert code == 0 and "2 seeds" in out and "the answers, eta 0.003 (leaks)" in out and "its prompt, cover:2" in out
+    code, out, _ = cli(evaluate, "runs/0", "runs/1", "--samples", "4", "--json", "o.json",
+                       "--picture", "o.png", "--trajectory", "cover:2")
+    assert code == 0 and "2 seeds" in out
+    assert "the answers, eta 0.003 (leaks)" in out and "its prompt, cover:2" in out
     numbers = json.loads((tmp_path / "o.json").read_text())
     assert len(numbers["groups"]) == 2 and (tmp_path / "o.png").exists()
     row = numbers["groups"][0]["rows"][0]
@@ -236,18 +273,24 @@ def test_evaluate_measures_what_a_loop_over_samples_measures(trained, monkeypatc
         seen[hidden] = model.backbone.mask_id
         h = model.backbone.blocks(model.backbone.embed(seen[None]), batch.valid[i:i + 1], 0, None)
         nll = -model.backbone.head(h)[0].log_softmax(-1)[hidden, x[hidden]].mean()
-        assert values["nothing (theta alone)", "24"][i].item() == pytest.approx(nll.item(), rel=1e-4)
+        assert values["nothing (theta alone)", "24"][i].item() == pytest.approx(
+            nll.item(), rel=1e-4)
 
 
 def test_exposure_prints_both_losses_beside_the_ratio(cli, trained, tmp_path):
     code, out, _ = cli(evaluate, trained / "runs/bytes", "--exposure", "--samples", "3")
     assert code == 0 and (tmp_path / "exposure.png").exists()
-    rows = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in out.splitlines() if line.startswith("  s")}
+    rows = {
+        line.split()[0]: [float(x)
+                          for x in line.split()[1:]]
+        for line in out.splitlines()
+        if line.startswith("  s")
+    }
     for a, b, c in zip(rows["sequential"], rows["static"], rows["sequential/static"]):
         assert c == pytest.approx(a / b, abs=2e-3)
 
 
-# ---- bad input: one line, exit code 2 ------------------------------------------------------------------
+# ---- bad input: one line, exit code 2 ------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, says", [
     (["--model", "gpt9"], "no model 'gpt9' here"),
@@ -318,23 +361,29 @@ def test_an_existing_run_is_not_overwritten(cli, trained):
 
 
 def test_runs_of_different_data_are_not_compared(cli, trained):
-    assert "different data" in refused(cli(evaluate, trained / "runs/words", trained / "runs/bytes", "--samples", "2"))
+    assert "different data" in refused(
+        cli(evaluate, trained / "runs/words", trained / "runs/bytes", "--samples", "2"))
 
 
-# ---- the saved file, the start-up, the README ---------------------------------------------------------------
+# ---- the saved file, the start-up, the README ----------------------------------------------------
 
 def test_the_checkpoint_holds_the_model_and_nothing_of_phi(trained):
     names = load_file(trained / "runs/words/model.safetensors").keys()
     assert {name.split(".")[0] for name in names} == {"model", "adamw"}
     assert not [name for name in names if "lora" in name or "phi" in name]
-    assert len([n for n in names if n.startswith("adamw.")]) == 3 * len([n for n in names if n.startswith("model.")])
+    assert len([n for n in names
+                if n.startswith("adamw.")]) == 3 * len([n for n in names if n.startswith("model.")])
 
 
 def test_help_is_quick_and_heavy_packages_stay_out():
-    code = ("import sys; sys.argv = ['train.py', '--help']\nimport train\ntry: train.main()\nexcept SystemExit: pass\n"
-            "heavy = {'matplotlib', 'transformers', 'peft', 'bitsandbytes', 'datasets', 'lm_eval'} & set(sys.modules)\n"
-            "assert not heavy, heavy")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = (
+        "import sys; sys.argv = ['train.py', '--help']\nimport train\n"
+        "try: train.main()\nexcept SystemExit: pass\n"
+        "heavy = {'matplotlib', 'transformers', 'peft', 'bitsandbytes', 'datasets', 'lm_eval'}\n"
+        "heavy &= set(sys.modules)\n"
+        "assert not heavy, heavy")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
     assert "--inner-lr" in done.stdout and "toy, from prompt 0.3" in done.stdout
 
 
@@ -427,7 +476,8 @@ def test_the_commands_of_the_pages_run(command, trained, tmp_path):
 @pytest.mark.slow
 def test_closed_book_memory_is_learned(cli, tmp_path):
     """The claim of the first screen, at a tenth of its size: only phi of its own prompt answers."""
-    cli(train, "--steps", "200", "--lr", "4e-3", "--no-control", "--out", "r", "--sample-every", "0")
+    cli(train, "--steps", "200", "--lr", "4e-3", "--no-control", "--out", "r", "--sample-every",
+        "0")
     _, _, values, roles = measure_run(tmp_path / "r", 100, None)
     score = {role: values[label, "16 x2"].mean().item() for role, label in roles.items()}
     assert score["own"] > 0.4 and score["other"] < 0.1 and score["alone"] < 0.1, score

@@ -1,5 +1,8 @@
-"""What goes wrong in practice: kills, signals, odd prompts, broken files and files from strangers. Nothing may be lost, run or
-written where it should not be; what cannot be used is refused in one line."""
+"""What goes wrong in practice:
+
+kills, signals, odd prompts, broken files and files from strangers. Nothing may be lost, run or
+written where it should not be; what cannot be used is refused in one line.
+"""
 import json
 import os
 import random
@@ -7,7 +10,7 @@ import signal
 
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -31,22 +34,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 import crash  # noqa: E402
 import soak  # noqa: E402
 
-MANY = int(os.environ.get("MEMDLM_FUZZ", 2000))  # mutated inputs per fuzzer; a person may start many more
+# Mutated inputs per fuzzer; a person may start many more.
+MANY = int(os.environ.get("MEMDLM_FUZZ", 2000))
 V, MASK = 24, 1
 
 
 def toy_model(layers=2):
-    return ToyDLM(ToyConfig(V, MASK, width=16, layers=layers, heads=2), seed=0).requires_grad_(False).eval()
+    return ToyDLM(ToyConfig(V, MASK, width=16, layers=layers, heads=2),
+                  seed=0).requires_grad_(False).eval()
 
 
 def state(model):
-    return {name: p.clone() for name, p in model.state_dict().items()}, [m.training for m in model.modules()], \
-        sum(len(m._forward_hooks) for m in model.modules())
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+    hooks = sum(len(m._forward_hooks) for m in model.modules())
+    return weights, [m.training for m in model.modules()], hooks
 
 
 def same_state(model, before):
     now = state(model)
-    return now[1:] == before[1:] and all(torch.equal(p, before[0][name]) for name, p in now[0].items())
+    return now[1:] == before[1:] and all(
+        torch.equal(p, before[0][name]) for name, p in now[0].items())
 
 
 def refused(result):
@@ -56,20 +63,28 @@ def refused(result):
     return lines[0]
 
 
-TINY = ["--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2", "--log-every", "1",
-        "--save-every", "3", "--sample-every", "0", "--table-samples", "0", "--threads", "1", "--no-control"]
+TINY = [
+    "--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2", "--log-every",
+    "1", "--save-every", "3", "--sample-every", "0", "--table-samples", "0", "--threads", "1",
+    "--no-control"
+]
 
 
-# ---- Kills and signals ------------------------------------------------------------------------------------
+# ---- Kills and signals ---------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, monkeypatch):
-    """In a process of its own, for it forks: dozens of kills, half of them aimed at a checkpoint being written."""
+    """In a process of its own, for it forks:
+
+    dozens of kills, half of them aimed at a checkpoint being written.
+    """
     import subprocess
-    run = subprocess.run([sys.executable, crash.__file__, "--kills", "24"], capture_output=True, text=True, timeout=400)
+    run = subprocess.run([sys.executable, crash.__file__, "--kills", "24"], capture_output=True,
+                         text=True, timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(run.stdout.splitlines()[-1])
-    assert report["kills"] == 24 and report["while_saving"] > 3 and report["different"] == report["unreadable"] == 0
+    assert report["kills"] == 24 and report[
+        "while_saving"] > 3 and report["different"] == report["unreadable"] == 0
     assert report["most_repeated"] <= crash.EVERY and report["runs"] >= 1
 
 
@@ -77,7 +92,8 @@ def test_the_soak_test_tells_growth_from_noise():
     noise = random.Random(0)
     flat = [400 + 50 * min(1, i / 6) + noise.uniform(-4, 4) for i in range(60)]
     assert not soak.growth(flat)[2] and soak.growth([x + 0.75 * i for i, x in enumerate(flat)])[2]
-    assert not soak.growth(flat[:30])[2] and soak.growth([x + 2 * i for i, x in enumerate(flat[:30])])[2]
+    assert not soak.growth(flat[:30])[2] and soak.growth(
+        [x + 2 * i for i, x in enumerate(flat[:30])])[2]
 
 
 @pytest.mark.slow
@@ -106,13 +122,14 @@ def test_resume_names_what_has_changed(cli, tmp_path, monkeypatch):
     pairs.unlink()
     assert "now missing" in refused(cli(train, "--resume", "r"))
     origin = json.loads((tmp_path / "r/origin.json").read_text())
-    assert {"torch", "memdlm.py", "train.py", "toy/model.py", "toy/data.py"} <= set(origin) and "llada.py" not in origin
+    assert {"torch", "memdlm.py", "train.py", "toy/model.py", "toy/data.py"
+            } <= set(origin) and "llada.py" not in origin
     (tmp_path / "r/origin.json").write_text(json.dumps(origin | {"memdlm.py": "0", "torch": "1.0"}))
     line = refused(cli(train, "--resume", "r"))
     assert "memdlm.py (0, now" in line and "torch (1.0, now" in line and "--anyway" in line
 
 
-# ---- Prompts and masks ------------------------------------------------------------------------------------------
+# ---- Prompts and masks ---------------------------------------------------------------------------
 
 def test_an_empty_prompt_is_refused_or_leaves_the_model_as_it_was(cli, tmp_path):
     model = toy_model()
@@ -129,7 +146,8 @@ def test_an_empty_prompt_is_refused_or_leaves_the_model_as_it_was(cli, tmp_path)
     phi, record = memdlm.adapt(model, memdlm.Settings(), prompt, valid, [0, 1])
     alone, _ = memdlm.adapt(model, memdlm.Settings(), prompt[:1], valid[:1], [0])
     for name, (A, B) in phi.items():
-        assert B[1].abs().max() == 0 and torch.allclose(B[0], alone[name][1][0], atol=1e-7) and B[0].abs().max() > 0
+        assert B[1].abs().max() == 0 and torch.allclose(B[0], alone[name][1][0],
+                                                        atol=1e-7) and B[0].abs().max() > 0
 
 
 def test_prompts_of_one_to_three_tokens_are_adapted():
@@ -147,7 +165,8 @@ def test_masks_in_the_prompt_are_left_and_cost_no_answer():
     fill = torch.tensor([[False] * 3 + [True] * 3])
     for canvas in memdlm.denoise(model, memdlm.Settings(), x, fill, torch.ones_like(fill), [0]):
         pass
-    assert canvas[0, 1] == MASK and (canvas[0, 3:] != MASK).all() and torch.equal(canvas[0, [0, 2]], x[0, [0, 2]])
+    assert canvas[0, 1] == MASK and (canvas[0, 3:] != MASK).all() and torch.equal(
+        canvas[0, [0, 2]], x[0, [0, 2]])
 
 
 def test_a_model_that_loves_the_mask_never_says_it():
@@ -157,14 +176,15 @@ def test_a_model_that_loves_the_mask_never_says_it():
         model.lm_head.register_forward_hook(lambda module, inputs, out, bias=bias: out.index_add(
             1, torch.tensor([MASK]), torch.full((len(out), 1), bias)))
         fill = torch.ones(2, 5, dtype=torch.bool)
-        for canvas in memdlm.denoise(model, memdlm.Settings(), torch.zeros(2, 5, dtype=torch.long), fill, fill, [0, 1],
-                                     temperature=1.0):
+        for canvas in memdlm.denoise(model, memdlm.Settings(), torch.zeros(2, 5, dtype=torch.long),
+                                     fill, fill, [0, 1], temperature=1.0):
             pass
         assert (canvas != MASK).all()
 
 
 def test_two_memories_on_one_model_do_not_know_each_other():
-    """phi is a value: two of them, of different kinds, act where they are asked to and nowhere else."""
+    """phi is a value: two of them, of different kinds, act where they are asked to and nowhere
+    else."""
     model, x, valid = toy_model(), torch.randint(2, V, (1, 6)), torch.ones(1, 6, dtype=torch.bool)
     one, two = (memdlm.Settings(inner_lr=0.5),
                 memdlm.Settings(inner_lr=0.5, adapter="full", layer_fraction=1.0, scope="ffn+attn"))
@@ -182,7 +202,8 @@ def test_after_decoding_with_memory_nothing_of_it_is_left():
     plain = memdlm.response_nll(model, s, x, valid, valid)
     phi, _ = memdlm.adapt(model, s, x, valid, [0])
     list(memdlm.denoise(model, s, x, valid, valid, [0], phi))
-    assert same_state(model, before) and torch.equal(memdlm.response_nll(model, s, x, valid, valid), plain)
+    assert same_state(model, before) and torch.equal(memdlm.response_nll(model, s, x, valid, valid),
+                                                     plain)
 
 
 def test_a_thousand_prompts_leave_weights_and_modes_bit_for_bit_and_memory_flat():
@@ -205,11 +226,13 @@ def test_a_thousand_prompts_leave_weights_and_modes_bit_for_bit_and_memory_flat(
 def test_a_diverging_inner_loop_is_cut_off_and_the_model_is_as_before():
     model, x, valid = toy_model(), torch.randint(2, V, (1, 9)), torch.ones(1, 9, dtype=torch.bool)
     before = state(model)
-    phi, record = memdlm.adapt(model, memdlm.Settings(inner_lr=1e9, clip="none", inner_steps=4), x, valid, [0])
-    assert same_state(model, before) and all(torch.isfinite(w).all() for pair in phi.values() for w in pair)
+    phi, record = memdlm.adapt(model, memdlm.Settings(inner_lr=1e9, clip="none", inner_steps=4), x,
+                               valid, [0])
+    assert same_state(model, before) and all(
+        torch.isfinite(w).all() for pair in phi.values() for w in pair)
 
 
-# ---- Data ----------------------------------------------------------------------------------------------------------------
+# ---- Data ----------------------------------------------------------------------------------------
 
 GOOD = json.dumps({"prompt": "what is up", "response": "the sky"})
 
@@ -241,12 +264,15 @@ def test_windows_lines_byte_order_marks_and_gigantic_lines(tmp_path):
     path.write_text(json.dumps({"prompt": "x" * 20_000_000, "response": "y"}) + "\n" + GOOD)
     assert len(text.read_pairs(path)[0]) == 2
     for encoding in ("utf-16", "latin-1"):
-        path.write_bytes((GOOD + "\n" + json.dumps({"prompt": "ä", "response": "ö"}, ensure_ascii=False)).encode(encoding))
+        path.write_bytes(
+            (GOOD + "\n" +
+             json.dumps({"prompt": "ä", "response": "ö"}, ensure_ascii=False)).encode(encoding))
         with pytest.raises(ValueError, match="not UTF-8"):
             text.read_pairs(path)
 
 
-@pytest.mark.parametrize("written", ["<mask>", "<pad>", "<eos>", "<|mask|>", "<|endoftext|>", "<sep>"])
+@pytest.mark.parametrize("written",
+                         ["<mask>", "<pad>", "<eos>", "<|mask|>", "<|endoftext|>", "<sep>"])
 def test_the_names_of_special_tokens_in_text_are_text(tmp_path, written):
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"prompt": f"a {written} b", "response": f"{written}"}))
@@ -270,8 +296,10 @@ def mutate(data, rng):
         elif kind == 2:
             data[i:i] = data[max(0, i - rng.randint(1, 30)):i]
         elif kind == 3:
-            data[i:i] = rng.choice([b"\n", b'"', b"{", b"[", b"}", b"\\u0000", b"\\ud800", b"1e999", b"-1", b"NaN", b"null",
-                                    b"\xff", b"99999999999999"])
+            data[i:i] = rng.choice([
+                b"\n", b'"', b"{", b"[", b"}", b"\\u0000", b"\\ud800", b"1e999", b"-1", b"NaN",
+                b"null", b"\xff", b"99999999999999"
+            ])
         else:
             data[i:i] = bytes(rng.randrange(256) for _ in range(3))
     return bytes(data)
@@ -283,7 +311,10 @@ def test_fuzz_the_data_reader(tmp_path):
     source = "\n".join([GOOD,
                         json.dumps({"instruction": "do", "input": "it", "output": "done"}),
                         json.dumps({"prompt": "ä", "question": "?", "response": "ö"})])
-    sources = [source.encode(), json.dumps([json.loads(line) for line in source.split("\n")]).encode()]
+    sources = [
+        source.encode(),
+        json.dumps([json.loads(line) for line in source.split("\n")]).encode()
+    ]
     for i in range(MANY):
         path.write_bytes(mutate(sources[i % 2], rng))
         try:
@@ -293,7 +324,8 @@ def test_fuzz_the_data_reader(tmp_path):
             continue
         read += 1
         for pair in pairs:
-            assert all(isinstance(part, str) for part in pair) and pair[0].strip() and pair[2].strip()
+            assert all(isinstance(part, str)
+                       for part in pair) and pair[0].strip() and pair[2].strip()
             try:
                 text.pair_sample(pair, 256, 64)
             except ValueError as error:
@@ -301,7 +333,7 @@ def test_fuzz_the_data_reader(tmp_path):
     assert MANY / 20 < read < MANY
 
 
-# ---- Files from strangers --------------------------------------------------------------------------------------------------
+# ---- Files from strangers ------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
@@ -310,13 +342,21 @@ def hub(tmp_path_factory):
     return folder
 
 
-ODD = [None, True, -1, 0, 1, 3, 10**9, 10**30, 1e400, 0.5, "a", "", [], {}, [1], {"a": 1}, "../../etc/passwd", float("nan"),
-       [[]] * 3, 2**31]
+ODD = [
+    None, True, -1, 0, 1, 3, 10**9, 10**30, 1e400, 0.5, "a", "", [], {}, [1], {"a": 1},
+    "../../etc/passwd",
+    float("nan"), [[]] * 3, 2**31
+]
 
 
 def test_fuzz_the_translation_of_a_config():
-    """Fields replaced by something odd, up to three at a time: translated within bounds, or refused in one line."""
-    rng, good = random.Random(1), [raw | {"mask_token_id": 5, "eos_token_id": 6} for raw in PUBLISHED.values()]
+    """Fields replaced by something odd, up to three at a time:
+
+    translated within bounds, or refused in one line.
+    """
+    rng, good = random.Random(1), [
+        raw | {"mask_token_id": 5, "eos_token_id": 6} for raw in PUBLISHED.values()
+    ]
     taken = 0
     for i in range(MANY):
         raw = dict(good[i % len(good)])
@@ -331,7 +371,8 @@ def test_fuzz_the_translation_of_a_config():
             assert "\n" not in str(error) and len(str(error)) < 500
             continue
         taken += 1
-        assert 1 <= config.layers <= 1000 and 1 <= config.width <= 1 << 20 and 1 <= config.vocab_size <= 1 << 24
+        assert 1 <= config.layers <= 1000 and 1 <= config.width <= 1 << 20
+        assert 1 <= config.vocab_size <= 1 << 24
         assert 0 <= config.experts <= 1 << 14 and config.heads >= 1
     assert 0 < taken < MANY / 2
 
@@ -341,8 +382,15 @@ def test_fuzz_adapters(tmp_path, hub):
     backbone = load_backbone(str(hub))
     add_lora(backbone, 8, 16.0, 0.0, scope="attention")
     save_adapter(backbone, tmp_path / "a")
-    parts = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir() if path.suffix in (".json", ".safetensors")}
-    rng, loaded, shapes = random.Random(2), 0, {key: p.shape for key, p in lora_weights(backbone).items()}
+    parts = {
+        path.name: path.read_bytes()
+        for path in (tmp_path / "a").iterdir()
+        if path.suffix in (".json", ".safetensors")
+    }
+    rng, loaded, shapes = random.Random(2), 0, {
+        key: p.shape
+        for key, p in lora_weights(backbone).items()
+    }
     for i in range(MANY // 2):
         for name, data in parts.items():
             if name.endswith("json"):
@@ -390,9 +438,11 @@ def test_fuzz_checkpoints_of_runs(cli, tmp_path):
 
 
 @hypothesis_settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.dictionaries(st.sampled_from([f.name for f in fields(Settings)] + ["__class__", "nonsense"]),
-                       st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
-                                 st.lists(st.integers(), max_size=2))))
+@given(
+    st.dictionaries(
+        st.sampled_from([f.name for f in fields(Settings)] + ["__class__", "nonsense"]),
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
+                  st.lists(st.integers(), max_size=2))))
 def test_settings_of_a_strange_run_are_sound_or_refused(tmp_path_factory, values):
     folder = tmp_path_factory.mktemp("r")
     (folder / "settings.json").write_text(json.dumps(asdict(Settings()) | values))
@@ -408,8 +458,8 @@ def test_settings_of_a_strange_run_are_sound_or_refused(tmp_path_factory, values
 
 
 def test_bombs_are_refused_before_anything_is_built(cli, tmp_path, hub):
-    for values in ({"width": 10**9}, {"layers": 10**9}, {"prompt_length": 10**12}, {"heads": 10**9}, {"lr": 1e300},
-                   {"batch": 10**10}):
+    for values in ({"width": 10**9}, {"layers": 10**9}, {"prompt_length": 10**12}, {"heads": 10**9},
+                   {"lr": 1e300}, {"batch": 10**10}):
         (tmp_path / "r").mkdir(exist_ok=True)
         (tmp_path / "r/settings.json").write_text(json.dumps(asdict(Settings()) | values))
         assert "must lie between" in refused(cli(generate, "--run", "r"))
@@ -427,12 +477,16 @@ def test_weights_that_are_not_numbers_are_refused_by_name(tmp_path, hub):
     name = sorted(n for n, t in tensors.items() if t.dim() == 2)[0]
     tensors[name][0, 0] = float("inf")
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=f"{name} holds numbers that are not finite".replace(".", r"\.")):
+    with pytest.raises(ValueError, match=f"{name} holds numbers that are not finite".replace(
+            ".", r"\.")):
         load_backbone(str(tmp_path / "m"))
 
 
 def test_pickles_and_code_in_a_folder_are_not_touched(cli, tmp_path):
-    """A run folder with a pickle for weights, a sitecustomize and a script: refused, and nothing of it has run."""
+    """A run folder with a pickle for weights, a sitecustomize and a script:
+
+    refused, and nothing of it has run.
+    """
     class Evil:
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path}/owned",))
@@ -446,37 +500,48 @@ def test_pickles_and_code_in_a_folder_are_not_touched(cli, tmp_path):
     assert {path for path in tmp_path.rglob("*")} == before and not (tmp_path / "owned").exists()
 
 
-# ---- Masks, schedules and decoding under random circumstances ----------------------------------------------------------------
+# ---- Masks, schedules and decoding under random circumstances ------------------------------------
 
 @hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 14), st.integers(1, 14), st.sampled_from([0.0, 0.7]),
-       st.sampled_from(["low_confidence", "random"]), st.integers(0, 1000))
-def test_decoding_fills_each_gap_once_and_nothing_else(rows, length, steps, block, temperature, remasking, seed):
+@given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 14), st.integers(1, 14),
+       st.sampled_from([0.0, 0.7]), st.sampled_from(["low_confidence", "random"]),
+       st.integers(0, 1000))
+def test_decoding_fills_each_gap_once_and_nothing_else(rows, length, steps, block, temperature,
+                                                       remasking, seed):
     model, generator = toy_model(1), torch.Generator().manual_seed(seed)
     x = torch.randint(2, V, (rows, length), generator=generator)
     valid = torch.arange(length) < torch.randint(1, length + 1, (rows, 1), generator=generator)
     fill = valid & (torch.rand(rows, length, generator=generator) < 0.6)
-    canvases = list(memdlm.denoise(model, memdlm.Settings(), x, fill, valid, list(range(rows)), steps=steps, block_length=block,
-                                   temperature=temperature, remasking=remasking))
+    canvases = list(
+        memdlm.denoise(model, memdlm.Settings(), x, fill, valid, list(range(rows)), steps=steps,
+                       block_length=block, temperature=temperature, remasking=remasking))
     before = torch.where(fill, MASK, x)
     for canvas in canvases:
-        assert torch.equal(canvas[~fill], x[~fill]) and ((canvas == before) | (before == MASK))[fill].all()
+        assert torch.equal(canvas[~fill], x[~fill]) and ((canvas == before) |
+                                                         (before == MASK))[fill].all()
         before = canvas
     assert not canvases or (canvases[-1][fill] != MASK).all()
     assert bool(canvases) == bool(fill.any())
 
 
 @hypothesis_settings(max_examples=80, deadline=None, derandomize=True)
-@given(st.sampled_from(["consistent", "pre_only", "anchor_only", "inconsistent", "cover:1", "cover:3", "cover:50"]),
-       st.integers(2, 6), st.floats(1, 5), st.floats(0, 1), st.sampled_from(["clean", "anchor_tokens"]), st.booleans(),
-       st.integers(0, 10**6))
-def test_stages_stay_within_what_may_be_masked(trajectory, steps, scale, ratio, target, weighted, seed):
-    s = memdlm.Settings(trajectory=trajectory, inner_steps=steps, pre_scale=scale, anchor_ratio=ratio, stage1_target=target)
+@given(
+    st.sampled_from(
+        ["consistent", "pre_only", "anchor_only", "inconsistent", "cover:1", "cover:3",
+         "cover:50"]), st.integers(2, 6), st.floats(1, 5), st.floats(0, 1),
+    st.sampled_from(["clean", "anchor_tokens"]), st.booleans(), st.integers(0, 10**6))
+def test_stages_stay_within_what_may_be_masked(trajectory, steps, scale, ratio, target, weighted,
+                                               seed):
+    s = memdlm.Settings(trajectory=trajectory, inner_steps=steps, pre_scale=scale,
+                        anchor_ratio=ratio, stage1_target=target)
     generator = torch.Generator().manual_seed(seed)
-    x0, maskable = torch.randint(2, V, (3, 11), generator=generator), torch.rand(3, 11, generator=generator) < 0.6
+    x0, maskable = torch.randint(2, V, (3, 11), generator=generator), torch.rand(
+        3, 11, generator=generator) < 0.6
     t = torch.rand(3, generator=generator)
     masked = maskable & (torch.rand(3, 11, generator=generator) < t[:, None])
     for stage in memdlm.stages(s, x0, masked, maskable, t, [seed, 1, 2], MASK, weighted):
         hidden = stage.x == MASK
         assert not (hidden & ~maskable).any() and not (stage.targets & ~hidden).any()
-        assert torch.equal(stage.x[~hidden], x0[~hidden]) and stage.weight.isfinite().all() and (stage.weight >= 0).all()
+        assert torch.equal(stage.x[~hidden],
+                           x0[~hidden]) and stage.weight.isfinite().all() and (stage.weight
+                                                                               >= 0).all()

@@ -1,4 +1,7 @@
-"""Full models as a user meets them: trained, stopped, resumed, spread over processes, asked. All on tiny checkpoints."""
+"""Full models as a user meets them:
+
+trained, stopped, resumed, spread over processes, asked. All on tiny checkpoints.
+"""
 import json
 from dataclasses import replace
 import os
@@ -32,9 +35,12 @@ import train
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--steps", "4", "--batch", "1", "--accumulate", "2", "--rank", "4", "--alpha", "8", "--lora-rank", "4", "--lora-alpha", "8",
-         "--eval-samples", "2", "--eval-every", "2", "--sample-every", "4", "--save-every", "2", "--threads", "1", "--lr", "1e-3",
-         "--data", "pairs.jsonl"]
+SMALL = [
+    "--steps", "4", "--batch", "1", "--accumulate", "2", "--rank", "4", "--alpha", "8",
+    "--lora-rank", "4", "--lora-alpha", "8", "--eval-samples", "2", "--eval-every", "2",
+    "--sample-every", "4", "--save-every", "2", "--threads", "1", "--lr", "1e-3", "--data",
+    "pairs.jsonl"
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def here(tmp_path, tiny):
     """A folder with pairs to train on."""
-    lines = [{"prompt": f"What comes after {i}?", "response": f"It is {i + 1}" + "!" * (i % 5)} for i in range(24)]
+    lines = [{"prompt": f"What comes after {i}?", "response": f"It is {i + 1}" + "!" * (i % 5)}
+             for i in range(24)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return tmp_path
 
@@ -58,39 +65,51 @@ def test_a_full_model_is_trained_saved_reloaded_and_adapted(cli, here, tiny, nam
     code, out, err = cli(train, "--model", tiny / name, "--load-4bit", *SMALL)
     folder = here / "runs" / f"{name}-pairs"
     assert code == 0, err
-    for text in ("memory planned:", "layers in 4-bit", "with LoRA", "24 samples kept (23 to train, 1 held out", "4 steps of 2 samples",
-                 "held out after step 2", "sample at step 4", "python generate.py --adapt --prompt"):
+    for text in ("memory planned:", "layers in 4-bit", "with LoRA",
+                 "24 samples kept (23 to train, 1 held out", "4 steps of 2 samples",
+                 "held out after step 2", "sample at step 4",
+                 "python generate.py --adapt --prompt"):
         assert text in out, text
-    assert {p.name for p in folder.iterdir()} == {"settings.json", "origin.json", "model.safetensors", "metrics.jsonl", "loss.png",
-                                                  "adapter"}
+    assert {p.name
+            for p in folder.iterdir()} == {
+                "settings.json", "origin.json", "model.safetensors", "metrics.jsonl", "loss.png",
+                "adapter"
+            }
     lines = metrics(folder)
     held = [line for line in lines if "held_out_ce" in line]
-    assert [line["step"] for line in held] == [1, 3] and all({"held_out_ce", "held_out_ce_without"} <= line.keys() for line in held)
+    assert [line["step"] for line in held] == [1, 3] and all(
+        {"held_out_ce", "held_out_ce_without"} <= line.keys() for line in held)
     assert [line["step"] for line in lines if "loss" in line] == list(range(4))
-    saved, adapter = load_file(folder / "model.safetensors"), load_file(folder / "adapter/adapter_model.safetensors")
-    assert all("lora_" in key for key in saved) and any(v.any() for k, v in adapter.items() if "lora_B" in k)
+    saved, adapter = load_file(folder / "model.safetensors"), load_file(
+        folder / "adapter/adapter_model.safetensors")
+    assert all("lora_" in key
+               for key in saved) and any(v.any() for k, v in adapter.items() if "lora_B" in k)
 
     # Two prompts of different lengths in a batch, from the run ...
     ask = ["--adapt", "--prompt", "What comes after 3?", "--prompt", "Hi", "--length", "12"]
     code, out, _ = cli(generate, "--run", folder, *ask)
-    assert code == 0 and out.count("with memory of the prompt:") == 2 and out.count("without memory:") == 2
+    assert code == 0 and out.count("with memory of the prompt:") == 2 and out.count(
+        "without memory:") == 2
     # ... and from its adapter on the checkpoint, beside the weights: the same.
-    code, live, _ = cli(generate, "--model", tiny / name, "--load-4bit", "--from-adapter", folder / "adapter", "--rank", "4",
-                        "--alpha", "8", *ask)
+    code, live, _ = cli(generate, "--model", tiny / name, "--load-4bit", "--from-adapter",
+                        folder / "adapter", "--rank", "4", "--alpha", "8", *ask)
     assert code == 0 and live.splitlines()[1:] == out.splitlines()[1:]
-    assert cli(generate, "--model", tiny / name, "--from-adapter", folder / "adapter", "--merge", *ask)[0] == 0
+    assert cli(generate, "--model", tiny / name, "--from-adapter", folder / "adapter", "--merge",
+               *ask)[0] == 0
     code, out, _ = cli(evaluate, folder, "--samples", "2")
     assert code == 0 and "another prompt" in out
 
 
-@pytest.mark.parametrize("flags", [[], ["--optimizer", "adamw8bit", "--load-4bit"], ["--lora-dtype", "bfloat16", "--optimizer", "adamw8bit"],
+@pytest.mark.parametrize("flags", [[], ["--optimizer", "adamw8bit", "--load-4bit"],
+                                   ["--lora-dtype", "bfloat16", "--optimizer", "adamw8bit"],
                                    ["--no-lora"], ["--no-memory", "--load-4bit"]], ids=" ".join)
 def test_a_resumed_run_equals_an_uninterrupted_one(cli, here, tiny, monkeypatch, flags):
     """With dropout, two micro-batches a step, and the optimisers of torch and bitsandbytes."""
     flags = ["--model", tiny / "llada-moe", *SMALL, "--sample-every", "0", *flags]
     assert cli(train, *flags, "--out", "whole")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "Stop", lambda: StopAfter(here / "parts", 3))  # two steps, and the held-out line of the second
+        # Two steps, and the held-out line of the second.
+        patch.setattr(train, "Stop", lambda: StopAfter(here / "parts", 3))
         code, out, _ = cli(train, *flags, "--out", "parts")
     assert code == 130 and "stopped after step 2" in out
     assert cli(train, "--resume", "parts")[0] == 0
@@ -101,10 +120,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cli, here, tiny, monkeypatch,
 
 
 def test_accumulation_is_a_larger_batch(cli, here, tiny):
-    """Four samples at once, or in four micro-batches: the same losses and, nearly, the same weights."""
-    flags = ["--model", tiny / "llada-moe", *SMALL, "--per-sample", "--lora-dropout", "0", "--sample-every", "0", "--eval-every", "0"]
+    """Four samples at once, or in four micro-batches:
+
+    the same losses and, nearly, the same weights.
+    """
+    flags = [
+        "--model", tiny / "llada-moe", *SMALL, "--per-sample", "--lora-dropout", "0",
+        "--sample-every", "0", "--eval-every", "0"
+    ]
     for out, batch, accumulate in (("a", 4, 1), ("b", 1, 4), ("c", 2, 2)):
-        assert cli(train, *flags, "--batch", batch, "--accumulate", accumulate, "--out", out)[0] == 0
+        assert cli(train, *flags, "--batch", batch, "--accumulate", accumulate, "--out",
+                   out)[0] == 0
     same_run(here / "a", here / "b")
     same_run(here / "a", here / "c")
 
@@ -168,19 +194,30 @@ def test_a_run_on_other_base_weights_is_refused(cli, here, tiny):
         assert "was trained on other base weights" in refused(cli(*command))
 
 
-@pytest.mark.parametrize("more", [[], ["--lora-dtype", "bfloat16", "--optimizer", "adamw8bit"]], ids=" ".join)
+@pytest.mark.parametrize("more", [[], ["--lora-dtype", "bfloat16", "--optimizer", "adamw8bit"]],
+                         ids=" ".join)
 def test_two_processes_are_one_process_with_twice_the_batch(cli, here, tiny, more):
-    """Under accelerate launch, each process with its share of every step; gradients are exchanged once. Rounding at random is
-    the same on both."""
-    flags = ["--model", tiny / "llada-moe", "--load-4bit", *SMALL, "--per-sample", "--lora-dropout", "0", "--sample-every", "0", *more]
+    """Under accelerate launch, each process with its share of every step; gradients are
+    exchanged once. Rounding at random is the same on both."""
+    flags = [
+        "--model", tiny / "llada-moe", "--load-4bit", *SMALL, "--per-sample", "--lora-dropout", "0",
+        "--sample-every", "0", *more
+    ]
     assert cli(train, *map(str, flags), "--batch", "2", "--out", "one")[0] == 0
     (here / "compared.py").write_text(COMPARED)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "compared.py"]
-    done = subprocess.run([*launch, *map(str, flags), "--batch", "1", "--out", "two"], cwd=here, capture_output=True, text=True,
-                          env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=300)
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0", "compared.py"
+    ]
+    done = subprocess.run([*launch, *map(str, flags), "--batch", "1", "--out", "two"], cwd=here,
+                          capture_output=True, text=True, env={
+                              **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+                              "PYTHONPATH": str(ROOT)
+                          }, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "4 steps of 4 samples, 2 processes" in done.stdout and done.stdout.count("with LoRA") == 1
+    assert "4 steps of 4 samples, 2 processes" in done.stdout and done.stdout.count(
+        "with LoRA") == 1
     if more:  # single roundings differ, and grow
         for one, two in zip(metrics(here / "one"), metrics(here / "two"), strict=True):
             for key in ("loss", "ce", "ce_without", "held_out_ce"):
@@ -191,7 +228,8 @@ def test_two_processes_are_one_process_with_twice_the_batch(cli, here, tiny, mor
 
 
 def test_rounding_is_alike_on_all_processes():
-    """What a process draws before the optimiser's step (dropout) must not decide how weights are rounded."""
+    """What a process draws before the optimiser's step (dropout) must not decide how weights are
+    rounded."""
     runs = []
     for rank in (0, 1):
         processes = train.Processes()
@@ -203,7 +241,9 @@ def test_rounding_is_alike_on_all_processes():
 def test_the_masks_of_a_sample_do_not_depend_on_how_a_step_is_cut(here, tiny):
     s = Settings(model=str(tiny / "llada-moe"), batch=4)
     backbone = load_backbone(s.model)
-    records = [chat_turns(json.loads(line)) for line in (here / "pairs.jsonl").read_text().splitlines()]
+    records = [
+        chat_turns(json.loads(line)) for line in (here / "pairs.jsonl").read_text().splitlines()
+    ]
     data = ChatData(backbone, records)
     whole = train.make_batch(s, data, 3)
     parts = [train.make_batch(replace(s, batch=1), data, 3, part, 4) for part in range(4)]
@@ -222,9 +262,11 @@ def test_warm_up_never_exceeds_the_learning_rate():
 def test_epochs_set_the_number_of_steps(cli, here, tiny):
     flags = [x for x in SMALL if x not in ("--steps",)]
     flags.remove("4")
-    code, out, _ = cli(train, "--model", tiny / "llada-8b", *flags, "--epochs", "0.25", "--sample-every", "0", "--out", "r")
+    code, out, _ = cli(train, "--model", tiny / "llada-8b", *flags, "--epochs", "0.25",
+                       "--sample-every", "0", "--out", "r")
     assert code == 0 and "3 steps of 2 samples" in out  # a quarter of 23 samples, two a step
-    assert "--epochs needs a data set with an end" in refused(cli(train, "--epochs", "1", "--out", "s"))
+    assert "--epochs needs a data set with an end" in refused(
+        cli(train, "--epochs", "1", "--out", "s"))
 
 
 def test_plan_and_bench(cli, tmp_path):
@@ -234,13 +276,15 @@ def test_plan_and_bench(cli, tmp_path):
     assert code == 0 and 12 < total < 22, "LLaDA-MoE fits 24 GB as the paper trained it"
     flags = ["--model", "llada2.1-mini", "--load-4bit", "--plan"]
     default = float(cli(train, *flags)[1].splitlines()[-2].split()[0])
-    fitted = float(cli(train, *flags, "--optimizer", "adamw8bit", "--lora-dtype", "bfloat16")[1].splitlines()[-2].split()[0])
+    fitted = float(
+        cli(train, *flags, "--optimizer", "adamw8bit", "--lora-dtype",
+            "bfloat16")[1].splitlines()[-2].split()[0])
     assert default > 30 and fitted < 23
     assert "what helps" in plan_text([("weights", 30 * 2**30)], 24 * 2**30).lower()
     assert "fits into 24.0 GiB" in plan_text([("weights", 3 * 2**30)], 24 * 2**30)
     assert "helps" not in plan_text([("weights", 3 * 2**30)], 24 * 2**30)
-    code, out, _ = cli(bench, "--model", "llada-moe", "--random", "--tiny", "--length", "64", "--repeats", "1", "--new-tokens", "4",
-                       "--json", "o.json")
+    code, out, _ = cli(bench, "--model", "llada-moe", "--random", "--tiny", "--length", "64",
+                       "--repeats", "1", "--new-tokens", "4", "--json", "o.json")
     assert code == 0 and "MemDLM / plain step" in out
     assert json.loads((tmp_path / "o.json").read_text())["MemDLM step"][0] > 0
     if not torch.cuda.is_available():
@@ -248,14 +292,19 @@ def test_plan_and_bench(cli, tmp_path):
 
 
 def test_bench_measures_and_counts(cli, tmp_path, monkeypatch):
-    """The CPU's table on small shapes: counts are exact, so they can be compared; times only have to be there."""
+    """The CPU's table on small shapes:
+
+    counts are exact, so they can be compared; times only have to be there.
+    """
     for name in bench.MIDDLE:
-        monkeypatch.setitem(bench.MIDDLE, name, bench.MIDDLE[name] | dict(hidden_size=64, num_hidden_layers=3))
+        monkeypatch.setitem(bench.MIDDLE, name,
+                            bench.MIDDLE[name] | dict(hidden_size=64, num_hidden_layers=3))
     code, out, _ = cli(bench, "--quick", "--repeats", "1", "--json", "b.json")
     result = json.loads((tmp_path / "b.json").read_text())
     assert code == 0 and "llada-moe, 8k words" in out and "times faster than one by one" in out
     for row in result["steps"]:
-        assert row["floor"] <= row["counted"] * 1.001 and all(x > 0 for x in row["seconds"].values())
+        assert row["floor"] <= row["counted"] * 1.001 and all(x > 0
+                                                              for x in row["seconds"].values())
         assert row["counted"] <= row["floor"] * 1.1, "no work beyond the floor"
     for row in result["steps"][2:]:
         assert row["adapt_forwards_counted"] < 3.5
@@ -268,8 +317,11 @@ def test_bench_measures_and_counts(cli, tmp_path, monkeypatch):
 
 
 def test_the_middle_sized_steps_cost_what_they_may():
-    """FLOPs of a MemDLM step on the shapes and lengths of the published code's measurement: at most 0.72 of its 116.7 GFLOP at
-    8k words (0.60 of 194.0 at 32k, which takes longer to count). And the paper count by hand is what is counted."""
+    """FLOPs of a MemDLM step on the shapes and lengths of the published code's measurement:
+
+    at most 0.72 of its 116.7 GFLOP at 8k words (0.60 of 194.0 at 32k, which takes longer to count).
+    And the paper count by hand is what is counted.
+    """
     torch.set_num_threads(1)
     case = bench.middle_case("llada-moe", 8192)
     works = bench.steps_of(case)
@@ -277,26 +329,34 @@ def test_the_middle_sized_steps_cost_what_they_may():
     assert sum(counts) / 2 < 0.72 * 116.7
     batch, backbone = case.batch(0), case.backbone.eval()
     with torch.no_grad():
-        counted = bench.count_flops(lambda: memdlm.upper_layers(backbone, case.s, memdlm.lower_layers(backbone, case.s, batch.x0, batch.valid), batch.valid, None))
+        counted = bench.count_flops(lambda: memdlm.upper_layers(
+            backbone, case.s, memdlm.lower_layers(backbone, case.s, batch.x0, batch.valid), batch.
+            valid, None))
     layer, head = bench.forward_flops(backbone.config, 2 * 512, 512)
     assert abs(counted / (8 * layer) - 1) < 0.02 and head == 2 * 1024 * 256 * 8192
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--model", "nobody/nothing", "--load-4bit"], "could not be fetched from the hub"),
-    (["--model", "TINY", "--data", "nowhere/nothing"], "--data FILE.jsonl"),
-    (["--model", "TINY", "--data", "bad.jsonl", "--no-skip-bad"], "bad.jsonl, line 2"),
-    (["--model", "TINY", "--data", "pairs.jsonl", "--load-4bit", "--no-lora"], "4-bit weights cannot be trained"),
-    (["--model", "TINY", "--data", "pairs.jsonl", "--attention", "block"], "--attention block is for LLaDA2.x"),
-    (["--model", "TINY", "--data", "pairs.jsonl", "--max-length", "10"], "raise --max-length"),
-    (["--model", "TINY", "--data", "pairs.jsonl", "--from-adapter", "nobody/nothing"], "could not be fetched"),
-    (["--model", "TINY", "--merge"], "--merge needs --from-adapter"),
-    (["--model", "TINY", "--data", "pairs.jsonl", "--lora-dtype", "bfloat16"], "or --optimizer adamw8bit"),
-    (["--model", "TINY", "--data", "pairs.jsonl", "--no-lora", "--dtype", "bfloat16"], "or --optimizer adamw8bit"),
-    (["--model", "TINY", "--data", "pairs.jsonl", "--load-4bit", "--no-lora", "--merge", "--from-adapter", "x"], "cannot be trained"),
-    (["--load-4bit"], "for full models"), (["--plan"], "for full models"),
-    (["--model", "empty"], "config.json is missing"),
-])
+@pytest.mark.parametrize(
+    "flags, says",
+    [(["--model", "nobody/nothing", "--load-4bit"], "could not be fetched from the hub"),
+     (["--model", "TINY", "--data", "nowhere/nothing"], "--data FILE.jsonl"),
+     (["--model", "TINY", "--data", "bad.jsonl", "--no-skip-bad"], "bad.jsonl, line 2"),
+     (["--model", "TINY", "--data", "pairs.jsonl", "--load-4bit", "--no-lora"
+       ], "4-bit weights cannot be trained"),
+     (["--model", "TINY", "--data", "pairs.jsonl", "--attention", "block"
+       ], "--attention block is for LLaDA2.x"),
+     (["--model", "TINY", "--data", "pairs.jsonl", "--max-length", "10"], "raise --max-length"),
+     (["--model", "TINY", "--data", "pairs.jsonl", "--from-adapter", "nobody/nothing"
+       ], "could not be fetched"), (["--model", "TINY", "--merge"], "--merge needs --from-adapter"),
+     (["--model", "TINY", "--data", "pairs.jsonl", "--lora-dtype", "bfloat16"
+       ], "or --optimizer adamw8bit"),
+     (["--model", "TINY", "--data", "pairs.jsonl", "--no-lora", "--dtype", "bfloat16"
+       ], "or --optimizer adamw8bit"),
+     ([
+         "--model", "TINY", "--data", "pairs.jsonl", "--load-4bit", "--no-lora", "--merge",
+         "--from-adapter", "x"
+     ], "cannot be trained"), (["--load-4bit"], "for real models"), (["--plan"], "for real models"),
+     (["--model", "empty"], "config.json is missing"), ])
 def test_train_refuses(cli, here, tiny, flags, says):
     (here / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
     (here / "empty").mkdir()
@@ -304,20 +364,24 @@ def test_train_refuses(cli, here, tiny, flags, says):
     assert says in line
 
 
-@pytest.mark.parametrize("flags, says", [
-    ([], "no prompt"), (["--prompt", ""], "the prompt is empty"), (["--prompt", "a <|mask|>"], "special token"),
-    (["--prompt", "x" * 9000], "more than the model's window"), (["--prompt", "a", "--question", "b"], "--question is for the toy"),
-    (["--prompt", "a", "--mode", "speed"], "--mode is not for this model"), (["--prompt", "a", "--threshold", "0.5"], "--threshold is not"),
-])
+@pytest.mark.parametrize("flags, says",
+                         [([], "no prompt"), (["--prompt", ""], "the prompt is empty"),
+                          (["--prompt", "a <|mask|>"], "special token"),
+                          (["--prompt", "x" * 9000], "more than the model's window"),
+                          (["--prompt", "a", "--question", "b"], "--question is for the toy"),
+                          (["--prompt", "a", "--mode", "speed"], "--mode is not for this model"),
+                          (["--prompt", "a", "--threshold", "0.5"], "--threshold is not"), ])
 def test_generate_refuses(cli, tiny, flags, says):
     assert says in refused(cli(generate, "--model", tiny / "llada-moe", *flags))
 
 
 def test_flags_of_the_wrong_decoder_are_refused_for_llada2_too(cli, tiny):
-    line = refused(cli(generate, "--model", tiny / "llada2.1-mini", "--prompt", "a", "--remasking", "random"))
+    line = refused(
+        cli(generate, "--model", tiny / "llada2.1-mini", "--prompt", "a", "--remasking", "random"))
     assert "--remasking is not for this model, whose decoder is block diffusion" in line
     for mode in ("speed", "quality"):
-        assert cli(generate, "--model", tiny / "llada2.1-mini", "--prompt", "a", "--mode", mode, "--length", "20", "--adapt")[0] == 0
+        assert cli(generate, "--model", tiny / "llada2.1-mini", "--prompt", "a", "--mode", mode,
+                   "--length", "20", "--adapt")[0] == 0
 
 
 def test_a_run_whose_model_is_gone_says_so(cli, here, tiny):
@@ -335,7 +399,8 @@ def test_output_ends_at_the_end_of_turn(tiny, monkeypatch):
     assert len(stop) == 2
     for cut in (*stop, None):
         wanted = torch.tensor([letters[:3] + ([cut] if cut else letters[3:4]) + letters[4:]])
-        monkeypatch.setattr(memdlm, "denoise", lambda b, s, x, fill, *a, **k: iter([x.masked_scatter(fill, wanted)]))
+        monkeypatch.setattr(memdlm, "denoise",
+                            lambda b, s, x, fill, *a, **k: iter([x.masked_scatter(fill, wanted)]))
         text = generate.answer(s, data, model, [sample], False, 0)[0].text
         assert text == ("abc" if cut else "abcdef")
 
@@ -343,12 +408,16 @@ def test_output_ends_at_the_end_of_turn(tiny, monkeypatch):
 def test_a_data_set_of_the_hub_is_the_one_json_file_in_it(tmp_path, monkeypatch):
     import huggingface_hub
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.append((name, k["repo_type"])) or str(tmp_path))
-    (tmp_path / "LongAlpaca-12k.json").write_text(json.dumps([{"instruction": "a", "output": "b", "input": None, "file": "x"}]))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.append(
+        (name, k["repo_type"])) or str(tmp_path))
+    (tmp_path / "LongAlpaca-12k.json").write_text(
+        json.dumps([{"instruction": "a", "output": "b", "input": None, "file": "x"}]))
     path = find_data_file("Yukang/LongAlpaca-12k")
-    assert asked == [("Yukang/LongAlpaca-12k", "dataset")] and Path(path).name == "LongAlpaca-12k.json"
+    assert asked == [("Yukang/LongAlpaca-12k", "dataset")
+                     ] and Path(path).name == "LongAlpaca-12k.json"
     from toy.text import read_records
-    assert read_records(path, chat_turns) == ([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], 0)
+    assert read_records(path, chat_turns) == ([[{"role": "user", "content": "a"},
+                                                {"role": "assistant", "content": "b"}]], 0)
     (tmp_path / "more.jsonl").write_text("")
     with pytest.raises(ValueError, match="has 2 JSON files"):
         find_data_file("Yukang/LongAlpaca-12k")

@@ -196,7 +196,8 @@ def test_prose_is_one_language_for_all_samples():
     usual = sum(max(counts.values()) for counts in follow.values())
     total = sum(sum(counts.values()) for counts in follow.values())
     assert abs(usual / total - 0.9) < 0.01
-    assert len({counts.most_common(1)[0][0] for counts in follow.values()}) == len(follow)  # a permutation
+    # A permutation.
+    assert len({counts.most_common(1)[0][0] for counts in follow.values()}) == len(follow)
 
 
 def test_multivalue():

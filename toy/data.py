@@ -1,46 +1,55 @@
-"""One door to all toy data: a tokenizer, training samples, test samples by column, and padding into batches."""
+"""One door to all toy data: what data.py asks for, for generated words and for real text."""
 from __future__ import annotations
 
 import os
 import random
 
-from data import collate
+from data import PAD, collate
 from toy import tasks, text
-from toy.tokenizer import PAD, SEP
+from toy.tokenizer import SEP
 
 LENGTHS = (32, 64, 128)
-COLUMNS = {  # what a panel's columns are: label -> keywords of the task
+DICTIONARIES = ((16, 1), (16, 2), (32, 1), (32, 2), (64, 1), (64, 2), (64, 4))  # length, rep
+
+# The columns of a table: label -> keywords of the task.
+COLUMNS = {
     "dictionary": {f"{length} x{rep}": {"length": length, "rep": rep}
-                   for length, rep in ((16, 1), (16, 2), (32, 1), (32, 2), (64, 1), (64, 2), (64, 4))},
+                   for length, rep in DICTIONARIES},
     "languages": {f"{length}": {"length": length} for length in LENGTHS},
     "prose": {f"{length}": {"length": length} for length in LENGTHS},
     "retrieval": {f"{task} {length}": {"task": task, "length": length}
                   for task in tasks.RETRIEVAL for length in LENGTHS},
 }
 
+# How many gaps an answer has where the user does not say.
+USUAL_GAPS = {"dictionary": 1, "languages": 16, "prose": 16, "retrieval": 1}
+
 
 class ToyData:
     """Samples of one kind.
 
-    kind: 'dictionary', 'languages' or 'retrieval' (generated words), 'python' or 'pydoc' (text that comes with
-    Python, bytes), or the path of a .json / .jsonl file of prompt and response pairs (bytes).
-    metric: 'accuracy' (share of answer tokens right, decoded) or 'nats' (cross-entropy per answer token).
+    kind: 'dictionary', 'languages', 'prose' or 'retrieval' (generated words), 'python' or 'pydoc'
+    (text that comes with Python, as bytes), or the path of a .json / .jsonl file of prompt and
+    response pairs (bytes).
     """
 
     def __init__(self, kind, prompt_length=256, response_length=64, skip_bad=False):
         self.kind, self.prompt_length, self.response_length = kind, prompt_length, response_length
-        self.columns, self.note = COLUMNS.get(kind, {f"{prompt_length}": {}}), ""
+        self.columns = COLUMNS.get(kind, {f"{prompt_length}": {}})
         self.words = kind in COLUMNS
         self.tokenizer = tasks.WORDS if self.words else text.BYTES
         self.metric = "accuracy" if kind in ("dictionary", "retrieval") else "nats"
+        self.docs, self.pairs, self.note = None, None, ""
         if kind in ("python", "pydoc"):
             self.docs = {split: text.documents(kind, split) for split in ("train", "test")}
         elif not self.words:
             self._open_file(kind, skip_bad)
 
     def _open_file(self, path, skip_bad):
+        """Read a file of pairs and hold some of them out."""
         if not os.path.exists(path):
-            raise ValueError(f"--data {path}: no such file, and not one of {', '.join(COLUMNS)}, python, pydoc")
+            raise ValueError(f"--data {path}: no such file, and not one of {', '.join(COLUMNS)}, "
+                             "python, pydoc")
         pairs, bad = text.read_pairs(path, skip_bad)
         samples, long = [], 0
         for pair in pairs:
@@ -51,62 +60,78 @@ class ToyData:
         if not samples:
             raise ValueError(f"{path}: all {long} pairs are too long ({reason}); "
                              "raise --prompt-length and --response-length")
-        # The split has a seed of its own, so that runs of different seeds are tested on the same pairs.
-        self.pairs = dict(zip(("train", "test"), text.split_pairs(samples, seed=0)))
-        held = f"{len(self.pairs['test'])} held out" if len(samples) > 1 else "and tested on, there being only one"
-        self.note = (f"{path}: {len(samples)} pairs kept ({len(self.pairs['train'])} to train, {held}), "
+        # The split has a seed of its own: runs of different seeds are tested on the same pairs.
+        train, test = text.split_pairs(samples, seed=0)
+        self.pairs = {"train": train, "test": test}
+        held = f"{len(test)} held out"
+        if len(samples) == 1:
+            held = "and tested on, there being only one"
+        self.note = (f"{path}: {len(samples)} pairs kept ({len(train)} to train, {held}), "
                      f"{long} too long, {bad} malformed lines skipped")
 
     def train(self, rng, progress, number=0):
-        """A training sample; progress in [0, 1) drives the curriculum of generated tasks. Drawn, whatever its number."""
+        """A training sample, drawn whatever its number.
+
+        progress in [0, 1) drives the curriculum of generated tasks.
+        """
         if self.words:
             return tasks.curriculum(self.kind, rng, progress)
-        return self._text(rng, "train")
+        return self._draw_text(rng, "train")
 
     def test(self, column, name, number):
-        """Held-out sample `number` of a column of `self.columns`: the same for every model."""
+        """Held-out sample `number` of a column: the same for every model."""
         rng = random.Random(f"{name} {column} {number}")
-        if hasattr(self, "pairs"):
-            return self.pairs["test"][number % len(self.pairs["test"])]  # in turn: each pair as often as the others
+        if self.pairs:
+            # In turn, so that each pair comes as often as the others.
+            return self.pairs["test"][number % len(self.pairs["test"])]
         if not self.words:
-            return self._text(rng, "test")
+            return self._draw_text(rng, "test")
         keywords = dict(self.columns[column])
         return tasks.TASKS[keywords.pop("task", self.kind)](rng, **keywords)
 
-    def _text(self, rng, split):
-        if hasattr(self, "docs"):
+    def tests(self, column, numbers, closed_book, name="test"):
+        """The held-out samples with these numbers as one batch."""
+        samples = [self.test(column, name, number) for number in numbers]
+        seeds = [f"{name} {column} {number}" for number in numbers]
+        return collate(samples, seeds, closed_book)
+
+    def _draw_text(self, rng, split):
+        if self.docs:
             return text.cut(rng, self.docs[split], self.prompt_length, self.response_length)
         return rng.choice(self.pairs[split])
 
     def ask(self, prompt, question="", length=0):
-        """A user's texts -> Sample with gaps to fill. `length`: gaps, 0 for what the data is used to.
+        """A user's texts -> Sample with gaps to fill. ValueError if the prompt does not do.
 
-        Generated words: a `?` in the question is a gap ("owl ? fox ?"); without one, gaps are added at its end.
-        Text: the response follows the prompt, as in training.
+        Generated words: each `?` of the question is a gap ("owl ? fox ?").
+        Text: the response follows the prompt and the question, as in training.
+        Where there is no gap yet, `length` gaps follow; 0 stands for what the data is used to.
         """
         room = max(self.prompt_length, 4096 if self.words else 0)
         ids = self.tokenizer.encode(prompt)
         if not ids:
             raise ValueError("the prompt is empty; give some text with --prompt or --file")
         if len(ids) > room:
-            raise ValueError(f"the prompt has {len(ids)} tokens but this model's window for it is {room}; shorten it")
-        usual = {"dictionary": 1, "languages": 16, "prose": 16, "retrieval": 1}.get(self.kind, self.response_length)
-        if self.words:
-            words = question.split()
-            visible = [SEP] if words else []
-            rest, answer = list(visible), [False] * len(visible)
-            for word in words:
-                rest += [PAD] if word == "?" else self.tokenizer.encode(word)
-                answer.append(word == "?")
-        else:
-            visible = ([SEP] + self.tokenizer.encode(question) if question else [])
-            rest = visible + ([SEP] if hasattr(self, "pairs") else [])
-            answer = [False] * len(rest)
-        if not any(answer):
-            rest, answer = rest + [PAD] * (length or usual), answer + [True] * (length or usual)
-        return tasks.Sample(ids, rest, answer)
+            raise ValueError(f"the prompt has {len(ids)} tokens but this model's window for it is "
+                             f"{room}; shorten it")
+        rest, gaps = self._read_words(question) if self.words else self._read_text(question)
+        if not any(gaps):
+            more = length or USUAL_GAPS.get(self.kind, self.response_length)
+            rest, gaps = rest + [PAD] * more, gaps + [True] * more
+        return tasks.Sample(ids, rest, gaps)
 
-    def tests(self, column, numbers, closed_book, name="test"):
-        """The held-out samples with these numbers as one batch."""
-        samples = [self.test(column, name, number) for number in numbers]
-        return collate(samples, [f"{name} {column} {number}" for number in numbers], closed_book)
+    def _read_words(self, question):
+        """The ids of a question of words behind a separator, and which of them are gaps."""
+        rest, gaps = [], []
+        if question.split():
+            rest, gaps = [SEP], [False]
+        for word in question.split():
+            rest += [PAD] if word == "?" else self.tokenizer.encode(word)
+            gaps.append(word == "?")
+        return rest, gaps
+
+    def _read_text(self, question):
+        """The ids of a question in bytes, with the separators that pairs have. No gaps."""
+        rest = [SEP] + self.tokenizer.encode(question) if question else []
+        rest = rest + [SEP] if self.pairs else rest
+        return rest, [False] * len(rest)

@@ -1,13 +1,15 @@
-"""A tiny bidirectional transformer, from scratch, with the interface that memdlm.py asks of a backbone.
+"""A tiny bidirectional transformer, from scratch, with the interface that memdlm.py asks for.
 
-It is LLaMA-shaped (RMSNorm, rotary attention, gated feed-forward), so the names of its matrices are those of
-the full models. Two things differ from a GPT: attention looks both ways, and what enters attention and feed-forward
-has a *token shift*: half of the channels come from the left neighbour. Looking up "the value that followed this key" then
-takes one layer instead of two, which is what makes a model this small worth watching.
+It is LLaMA-shaped (RMSNorm, rotary attention, gated feed-forward), so its matrices have the names
+that those of the real models have. Two things differ from a GPT. Attention looks both ways. And
+what enters attention and feed-forward has a *token shift*: half of the channels come from the left
+neighbour. With the shift, looking up "the value that followed this key" takes one layer instead of
+two. That makes a model this small worth watching.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ import memdlm
 
 @dataclass
 class ToyConfig:
+    """The shape of the tiny model. ValueError if width and heads do not go together."""
     vocab_size: int
     mask_id: int
     width: int = 64   # D, a multiple of 2 * heads
@@ -27,14 +30,22 @@ class ToyConfig:
 
     def __post_init__(self):
         if self.width % (2 * self.heads) or min(self.width, self.layers, self.heads) < 1:
-            raise ValueError(f"width {self.width} must be a multiple of twice the {self.heads} heads, "
-                             "and width, layers and heads at least 1")
+            raise ValueError(f"width {self.width} must be a multiple of twice the {self.heads} "
+                             "heads, and width, layers and heads at least 1")
         self.ffn = self.ffn or 5 * self.width // 2
 
 
+# ---- A block ------------------------------------------------------------------------------------
+
 def shift(h):
-    """Left half of the channels from the token to the left, [B, L, D]. From the left only: padding stands on the
-    right and must not be seen."""
+    """Take the left half of the channels from the token to the left. [B, L, D] -> [B, L, D].
+
+    With one letter for the left half and a digit for the right one:
+
+        before   a1  b2  c3        after   .1  a2  b3
+
+    Never from the token to the right: padding stands there and must not be seen.
+    """
     half = h.shape[-1] // 2
     return torch.cat([F.pad(h[:, :-1, :half], (0, 0, 1, 0)), h[..., half:]], dim=-1)
 
@@ -46,31 +57,43 @@ def rotary(length, dim, device):
     return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):  # x [B, heads, L, dim]
+def rotate(x, cos, sin):
+    """Turn queries or keys by their positions' angles. x [B, heads, L, dim] -> the same shape."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def linear(inputs, outputs):
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def rms_norm(width):
+    return nn.RMSNorm(width, eps=1e-6)
 
 
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.q_proj, self.k_proj = linear(width, width), linear(width, width)
+        self.v_proj, self.o_proj = linear(width, width), linear(width, width)
 
     def forward(self, h, mask):
         B, L, D = h.shape
-        q, k, v = (p(h).view(B, L, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (projection(h).view(B, L, self.heads, -1).transpose(1, 2)
+                   for projection in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = rotary(L, D // self.heads, h.device)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         # No causal mask: a diffusion LM fills in a token from both sides.
-        out = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=mask)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(out.transpose(1, 2).reshape(B, L, D))
 
 
 class FeedForward(nn.Module):
     def __init__(self, width, ffn):
         super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(width, ffn, bias=False), nn.Linear(width, ffn, bias=False)
-        self.down_proj = nn.Linear(ffn, width, bias=False)
+        self.gate_proj, self.up_proj = linear(width, ffn), linear(width, ffn)
+        self.down_proj = linear(ffn, width)
 
     def forward(self, h):
         return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
@@ -79,56 +102,79 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(config.width, eps=1e-6), nn.RMSNorm(config.width, eps=1e-6)
-        self.attn, self.mlp = Attention(config.width, config.heads), FeedForward(config.width, config.ffn)
+        self.norm1, self.norm2 = rms_norm(config.width), rms_norm(config.width)
+        self.attn = Attention(config.width, config.heads)
+        self.mlp = FeedForward(config.width, config.ffn)
 
     def forward(self, h, mask):
         h = h + self.attn(shift(self.norm1(h)), mask)
         return h + self.mlp(shift(self.norm2(h)))
 
 
+# ---- The model ----------------------------------------------------------------------------------
+
 class ToyDLM(nn.Module):
     """The backbone, with the interface `Backbone` of memdlm.py."""
-    title, decoder = "toy", staticmethod(memdlm.denoise)
+    name = title = "toy"
+    decoder = staticmethod(memdlm.denoise)
+    has_lora = False  # no LoRA that PEFT saves as an adapter: --toy-lora's stays in the checkpoint
 
     def __init__(self, config, seed=0):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, eps=1e-6)
-        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.mask_id, self.num_layers, self.vocab_size = config.mask_id, config.layers, config.vocab_size
+        self.norm = rms_norm(config.width)
+        self.lm_head = linear(config.width, config.vocab_size)
+        self.mask_id, self.vocab_size = config.mask_id, config.vocab_size
+        self.num_layers = config.layers
         self._initialise(seed)
 
     @torch.no_grad()
     def _initialise(self, seed):
-        """Initial weights from the seed alone. Matrices that write into the residual start smaller, as in GPT-2."""
+        """Draw initial weights from the seed alone.
+
+        Matrices that write into the residual start smaller, as in GPT-2.
+        """
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                smaller = (2 * self.num_layers if is_residual else 1) ** 0.5
                 std = 0.02 if "embedding" in name else p.shape[1] ** -0.5
-                p.copy_(torch.randn(p.shape, generator=generator) * std / (2 * self.num_layers if residual else 1) ** 0.5)
+                p.copy_(torch.randn(p.shape, generator=generator) * std / smaller)
 
     def embed(self, ids):
         return self.embedding(ids.to(self.embedding.weight.device))  # [B, L, D]
 
-    def blocks(self, h, valid, start, stop, need=None):  # here one product for all rows costs less than picking some
+    def blocks(self, h, valid, start, stop, need=None):
+        """Run layers start..stop-1 on h [B, L, D].
+
+        `need` is ignored. In a model this small, one product for all positions costs less than
+        picking some.
+        """
         # [B, 1, 1, L]: nobody attends to padding. None lets attention take its fast path.
         mask = None if valid.all() else valid[:, None, None, :].to(h.device)
         for layer in self.layers[start:stop]:
             h = layer(h, mask)
         return h
 
-    def per_row(self, f, h, *rest):
-        return f(self.head, h, *rest)  # a small vocabulary: all rows at once
-
     def head(self, h):
         return self.lm_head(self.norm(h))
 
+    def per_row(self, f, h, *rest):
+        """f(head, h, *rest) on all rows at once: the vocabulary is small."""
+        return f(self.head, h, *rest)
+
     def matrices(self, first, scope):
+        """{name: nn.Linear} of layers first, first + 1, ... for fast weights."""
         kinds = {"ffn": ("mlp",), "ffn+attn": ("mlp", "attn")}[scope]
         return {f"layers.{i}.{kind}.{name}": matrix
                 for i in range(first, self.num_layers) for kind in kinds
-                for name, matrix in getattr(self.layers[i], kind).named_children()}
+                for name, matrix in self.layers[i].get_submodule(kind).named_children()}
+
+    def weights_checksum(self):
+        """Tells the weights that a LoRA stands on from others: CRC-32 of all that is frozen."""
+        frozen = [p.detach().cpu().numpy().tobytes() for p in self.parameters()
+                  if not p.requires_grad]
+        return f"{crc32(b''.join(frozen)):08x}"

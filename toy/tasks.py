@@ -17,8 +17,6 @@ from toy.tokenizer import (
 WORDS = Words()
 
 
-
-
 def dictionary(rng, length, rep=None, queries=4):
     """Shuffled pairs "fox ruby owl jade ...", then for some keys: what was the value?
 
@@ -77,8 +75,9 @@ _AFTER = dict(zip(_PROSE_WORDS, random.Random("prose").sample(_PROSE_WORDS, len(
 def prose(rng, length, response=16):
     """Text to fine-tune on: a walk through one fixed language that uses the words of all tasks.
 
-    Each word has one usual successor (.9), otherwise any word follows. Nothing about it stands in the prompt but the last
-    word, and learning it disturbs what the model knew of these words.
+    Each word has one usual successor (.9), otherwise any word follows. The prompt says nothing
+    about the language; only its last word counts. Learning the language disturbs what the model
+    knew of these words.
     """
     _within("prose: length", length, 1)
     _within("prose: response", response, 1)

@@ -112,14 +112,6 @@ def read_pairs(path, skip_bad=False):
     return read_records(path, _pair, skip_bad)
 
 
-
-
-
-
-
-
-
-
 def _pair(record):
     """The (prompt, question, response) of a parsed record; ValueError says what is wrong."""
     if not isinstance(record, dict):

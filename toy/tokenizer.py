@@ -4,7 +4,9 @@ Both give the same four ids to the special tokens, so a model or a decoder never
 which tokenizer it works with.
 """
 
-PAD, MASK, EOS, SEP = 0, 1, 2, 3
+from data import PAD
+
+MASK, EOS, SEP = 1, 2, 3
 SPECIALS = ("<pad>", "<mask>", "<eos>", "<sep>")
 
 # No word may stand in two of the groups below: the tasks (and their tests) tell a key from a
@@ -48,6 +50,7 @@ class Words:
     """One token per word of a small fixed vocabulary (`words`, specials first)."""
 
     pad_id, mask_id, eos_id, sep_id = PAD, MASK, EOS, SEP
+    stop_ids = (EOS,)  # what ends a reply
 
     def __init__(self):
         self.words = (
@@ -87,6 +90,7 @@ class Bytes:
     """
 
     pad_id, mask_id, eos_id, sep_id = PAD, MASK, EOS, SEP
+    stop_ids = (EOS,)  # what ends a reply
     vocab_size = len(SPECIALS) + 256
 
     def encode(self, text):
