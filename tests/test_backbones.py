@@ -1,6 +1,6 @@
-"""The full models' code on tiny random checkpoints:
+"""The real backbones on tiny random checkpoints.
 
-loading, 4-bit, adapters, masks, caches, data, plan.
+Loading, 4-bit, adapters, masks, caches, data, and the plan.
 """
 import json
 import math

@@ -173,28 +173,69 @@ def with_recorded(monkeypatch, z, path, phi):
     monkeypatch.setattr(memdlm, "fresh_phi", lambda *a, **k: phi)
 
 
+def check_first_gradient(family, z, s, backbone, batch, path, phi):
+    """The raw gradients of the first stage, from one unclipped step of length one.
+
+    Returns the names of the matrices whose gradient was recorded.
+    """
+    step = replace(s, clip="none", inner_lr=1.0)
+    phi1, _ = memdlm.inner_loop(backbone, step, path[:1], batch.x0, batch.valid,
+                                lower_of(backbone, s, batch), phi)
+    part = "delta" if s.adapter == "full" else "B"
+    recorded = {n: z[f"grad1/{n}.{part}"] for n in phi}
+    ours = {n: phi[n][-1][0] - phi1[n][-1][0] for n in phi}
+    idle = [n for n in phi if not recorded[n].numel()]
+    assert not any(ours[n].any() for n in idle), "a gradient where none was recorded"
+    whole = [n for n in phi if recorded[n].numel()]
+    agree(family, "grad", torch.cat([ours[n].flatten() for n in whole]),
+          torch.cat([recorded[n].flatten() for n in whole]))
+    return whole
+
+
+def lower_of(backbone, s, batch):
+    """What the inner loop asks for: hidden states below the fast weights, without gradient."""
+    return lambda x: memdlm.lower_layers(backbone, s, x, batch.valid).detach()
+
+
+def check_outer_gradients(family, z, backbone):
+    """The gradient of theta: tensor by tensor where it was kept, else its norm."""
+    grads = {}
+    for n, p in backbone.named_parameters():
+        if p.grad is not None:
+            key = n.replace(".default.", ".").removeprefix("network.")
+            grads[key.removeprefix("base_model.model.")] = p.grad
+    kept = [k for k in z if k.startswith("outer_grad/")]
+    assert kept
+    for key in kept:
+        agree(family, "outer_grad", grads[key.removeprefix("outer_grad/")], z[key])
+    if "outer_grad_norm_names" in z:
+        for key, norm in zip(z["outer_grad_norm_names"], z["outer_grad_norms"]):
+            # An expert that no token chose has none.
+            ours = float(grads[str(key)].norm()) if str(key) in grads else 0.0
+            assert abs(ours - float(norm)) <= 1e-4 * float(norm) + 1e-7, key
+
+
+def check_phi(family, z, s, phi):
+    """phi at the end: tensor by tensor where it was kept, else its norm."""
+    kinds = ("delta",) if s.adapter == "full" else ("A", "B")
+    for n, tensors in phi.items():
+        for kind, w in zip(kinds, tensors):
+            if f"phi_final/{n}.{kind}" in z:
+                agree(family, "phi", w[0], z[f"phi_final/{n}.{kind}"])
+            elif f"phi_final_norm/{n}.{kind}" in z:
+                assert off(w.norm(), z[f"phi_final_norm/{n}.{kind}"]) < 1e-4
+
+
 @pytest.mark.parametrize("family, name", CASES)
 def test_parity_of_a_training_step(family, name, monkeypatch):
     z, backbone = read(family, name), backbone_of(family, lora=name == "pmc_ce_peft")
     s, batch = settings(z, **VARIANTS[name]), batch_of(z)
     path, phi, masked = path_of(z, s, batch.x0), phi0(z, s), z["anchor_mask"].bool()
-    assert sorted(phi) == sorted(
-        backbone.matrices(memdlm.first_fast_layer(6, s.layer_fraction), s.scope))
+    first = memdlm.first_fast_layer(6, s.layer_fraction)
+    assert sorted(phi) == sorted(backbone.matrices(first, s.scope))
     with_recorded(monkeypatch, z, path, phi)
-
-    # Raw gradients of the first stage, from one unclipped step of length one.
-    step = replace(s, clip="none", inner_lr=1.0)
     h = memdlm.lower_layers(backbone, s, z["anchor_input"], batch.valid)
-    lower = lambda x: memdlm.lower_layers(backbone, s, x, batch.valid).detach()
-    phi1, _ = memdlm.inner_loop(backbone, step, path[:1], batch.x0, batch.valid, lower, phi)
-    recorded = {n: z[f"grad1/{n}." + ("delta" if s.adapter == "full" else "B")] for n in phi}
-    ours = {n: phi[n][-1][0] - phi1[n][-1][0] for n in phi}
-    assert all(not ours[n].any()
-               for n in phi
-               if not recorded[n].numel()), "a gradient where none was recorded"
-    whole = [n for n in phi if recorded[n].numel()]
-    agree(family, "grad", torch.cat([ours[n].flatten() for n in whole]),
-          torch.cat([recorded[n].flatten() for n in whole]))
+    whole = check_first_gradient(family, z, s, backbone, batch, path, phi)
 
     # The whole step, as train.py runs it.
     model = MemDLM(backbone.train(), s)
@@ -206,35 +247,14 @@ def test_parity_of_a_training_step(family, name, monkeypatch):
     agree(family, "outer", loss.detach(), z["outer_loss"])
     agree(family, "inner", nll.detach()[masked], z["outer_nll"][masked], scale=20)
     loss.backward()
-    grads = {
-        n.replace(".default.", ".").removeprefix("network.").removeprefix("base_model.model."): p.
-        grad
-        for n, p in backbone.named_parameters()
-        if p.grad is not None
-    }
-    kept = [k for k in z if k.startswith("outer_grad/")]
-    assert kept
-    for key in kept:
-        agree(family, "outer_grad", grads[key.removeprefix("outer_grad/")], z[key])
-    norms = dict(zip(z["outer_grad_norm_names"],
-                     z["outer_grad_norms"])) if "outer_grad_norm_names" in z else {}
-    for key, norm in norms.items():
-        # An expert that no token chose.
-        ours_norm = float(grads[str(key)].norm()) if str(key) in grads else 0.0
-        assert abs(ours_norm - float(norm)) <= 1e-4 * float(norm) + 1e-7, key
+    check_outer_gradients(family, z, backbone)
 
-    # phi at the end, tensor by tensor where it was kept, else its norm.
     phi, _ = memdlm.write_from_response(backbone, s, batch, z["t"], z["anchor_input"], masked,
                                         h.detach())
-    kinds = ("delta",) if s.adapter == "full" else ("A", "B")
-    for n, tensors in phi.items():
-        for kind, w in zip(kinds, tensors):
-            if f"phi_final/{n}.{kind}" in z:
-                agree(family, "phi", w[0], z[f"phi_final/{n}.{kind}"])
-            elif f"phi_final_norm/{n}.{kind}" in z:
-                assert off(w.norm(), z[f"phi_final_norm/{n}.{kind}"]) < 1e-4
+    check_phi(family, z, s, phi)
     if f"phi1/{whole[0]}.B" in z and len(path) > 1:
-        one, _ = memdlm.inner_loop(backbone, s, path[:1], batch.x0, batch.valid, lower, phi0(z, s))
+        one, _ = memdlm.inner_loop(backbone, s, path[:1], batch.x0, batch.valid,
+                                   lower_of(backbone, s, batch), phi0(z, s))
         agree(family, "phi", torch.cat([one[n][1].flatten() for n in whole]),
               torch.cat([z[f"phi1/{n}.B"].flatten() for n in whole]))
     if "plain_logits" in z:
