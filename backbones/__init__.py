@@ -1,5 +1,8 @@
 """The real backbones: diffusion language models with published weights.
 
+    from backbones.checkpoint import load_backbone
+    backbone = load_backbone("inclusionAI/LLaDA-MoE-7B-A1B-Base", load_4bit=True)
+
 Each is an ordinary transformer that looks both ways:
 
     LLaDA-8B    LLaMA without the causal mask
@@ -7,7 +10,14 @@ Each is an ordinary transformer that looks both ways:
     LLaDA2.x    GLM-4-MoE with a block-causal mask: 256 experts in 8 groups, one shared expert
 
 A model is its config.json, its safetensors and its tokenizer. No code from a model's repository
-is run, and nothing is unpickled. The rooms, from the ground up:
+is run, and nothing is unpickled.
+
+In LLaDA-8B and LLaDA-MoE a token sees the whole text. LLaDA2.x decodes one block of 32 tokens
+after the other: a token sees its own block and the blocks before it. Still, LLaDA2.x is trained
+with memory and adapted to prompts under full attention, because the published run did so
+(--attention full, the default). --attention block is the mask that its base model was trained with.
+
+The rooms, from the ground up:
 
     experts          the experts of a layer
     blocks           the parts of a transformer, and the three blocks side by side

@@ -9,6 +9,9 @@ Its modules carry the names of the published checkpoint, so a checkpoint loads a
 adapters fit by name. Each expert is three plain nn.Linear: bitsandbytes quantises these, PEFT
 adapts them, and fast weights hang on them. The classes of the transformers library put all experts
 of a layer into one parameter, which bitsandbytes and PEFT silently leave alone.
+
+block(h, context) takes and returns hidden states [B, L, D]. block.matrices(scope) names the linear
+layers that fast weights may act on: those of the feed-forward, and with "ffn+attn" the attention's.
 """
 from __future__ import annotations
 
@@ -52,6 +55,7 @@ class RMSNorm(nn.Module):
 
 
 def linear(width, out):
+    """A linear layer without bias. No matrix of these models has one."""
     return nn.Linear(width, out, bias=False)
 
 

@@ -1,7 +1,7 @@
 """From a hub id or a folder to a backbone: shards, 4 bits, random weights.
 
-The network is built without memory first ("meta"). Then each parameter gets its values, one at a
-time, so the host never holds more than one of them besides the model.
+First the network is built without any values (on PyTorch's "meta" device). Then its parameters get
+their values one at a time. So the host never holds more than one parameter besides the model.
 """
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def load_backbone(model, load_4bit=False, dtype="auto", device=None, attention="
                 module.grouped = experts == "grouped"
         if load_4bit:
             to_4bit(network, config, dtype)
-    whole = merge_adapter(source, merge, network, model, family.embed) if merge else source
-    load_weights(network, whole, dtype, device)
+    weights = merge_adapter(source, merge, network, model, family.embed) if merge else source
+    load_weights(network, weights, dtype, device)
     if folder:
         source.finish()
     if tokenizer:
@@ -99,7 +99,10 @@ def set_special_ids(config, tokenizer):
 
 
 def load_weights(network, source, dtype, device):
-    """Give every parameter and buffer its values. source(name, shape) -> tensor."""
+    """Give every parameter and buffer its values. source(name, shape) -> tensor.
+
+    ValueError if one of the values is not finite.
+    """
     for path, module in network.named_modules():
         empties = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, empty in empties:
@@ -123,38 +126,40 @@ class Shards:
     """The safetensors files of a model folder. shards(name, shape) reads that tensor from disk."""
 
     def __init__(self, folder):
-        self.folder, self.open, self.used = folder, {}, set()
+        self.folder, self.opened, self.used = folder, {}, set()
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            self.where = read_json(index).get("weight_map", {})  # name of a tensor -> of its file
-            for file in set(self.where.values()):
+            # The name of each tensor -> the name of its file.
+            self.file_of = read_json(index).get("weight_map", {})
+            for file in set(self.file_of.values()):
                 if not re.fullmatch(r"[\w.-]+\.safetensors", str(file)):
                     raise ValueError(f"{index} names the file {file!r}, which is not a safetensors "
                                      "file beside it")
         else:
-            self.where = dict.fromkeys(self.file("model.safetensors")[1], "model.safetensors")
+            file, names = self.open_file("model.safetensors")
+            self.file_of = dict.fromkeys(names, "model.safetensors")
 
-    def file(self, name):
-        """An open file and the names of its tensors."""
+    def open_file(self, name):
+        """The open file of this name, and the names of its tensors. Each is opened once."""
         from safetensors import SafetensorError, safe_open
-        if name not in self.open:
+        if name not in self.opened:
             path = self.folder / name
             if not path.exists():
                 raise ValueError(f"{path} is missing")
             try:
                 file = safe_open(path, "pt")
-                self.open[name] = file, set(file.keys())
+                self.opened[name] = file, set(file.keys())
             except SafetensorError as error:
                 raise ValueError(f"{path} is not a safetensors file: {error}") from None
-        return self.open[name]
+        return self.opened[name]
 
     def __call__(self, name, shape):
-        if name not in self.where:
+        if name not in self.file_of:
             raise ValueError(f"{self.folder}: the checkpoint has no {name}")
-        file, names = self.file(self.where[name])
+        file, names = self.open_file(self.file_of[name])
         if name not in names:
-            raise ValueError(f"{self.folder / self.where[name]} has no {name}, though the index "
-                             "says so")
+            raise ValueError(f"{self.folder / self.file_of[name]} has no {name}, though the "
+                             "index says so")
         found = file.get_slice(name).get_shape()
         if list(found) != list(shape):
             raise ValueError(f"{self.folder}: {name} should be {list(shape)}, is {list(found)}")
@@ -163,7 +168,7 @@ class Shards:
 
     def finish(self):
         """ValueError unless everything in the files was asked for."""
-        left = sorted(set(self.where) - self.used)
+        left = sorted(set(self.file_of) - self.used)
         if left:
             some = ", ".join(left[:3]) + (" ..." if len(left) > 3 else "")
             raise ValueError(f"{self.folder}: {len(left)} weights of the checkpoint have no place "
@@ -192,7 +197,10 @@ def quantisable(network, config):
 
 
 def to_4bit(network, config, dtype):
-    """Replace these layers by bitsandbytes' nf4 with double quantisation."""
+    """Replace the quantisable layers by bitsandbytes' nf4 with double quantisation.
+
+    The network has no values yet. ValueError if bitsandbytes is not installed.
+    """
     try:
         import bitsandbytes as bnb
     except ImportError:

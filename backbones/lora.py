@@ -1,8 +1,8 @@
 """The LoRA that the outer loop trains, through PEFT, and its files.
 
 An adapter is two files as plain PEFT writes and reads them, adapter_config.json and
-adapter_model.safetensors. A third, base.json, says which weights it was trained on: of two bases
-with the same shapes an adapter fits only one.
+adapter_model.safetensors. A third, base.json, says which weights the adapter was trained on. Two
+bases can have the same shapes, and an adapter fits only one of them.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from files import model_folder, read_json
 def lora_targets(config, scope, router):
     """Names of the layers that get a LoRA.
 
-    router: also the router, as in the published run. It must be a linear layer.
+    router: also the router, as in the published run. ValueError if it is no linear layer.
     """
     family = FAMILIES[config.family]
     if router and not family.router:
@@ -86,7 +86,7 @@ def read_adapter(folder, base):
     """An adapter's folder or hub id -> its config as a dict, and its tensors.
 
     The dict has the content of base.json under `made_for`. base: the name of the model that the
-    adapter will be used on. Only plain LoRA is taken; all else is a one-line ValueError.
+    adapter will be used on. ValueError, one line, if it is not a plain LoRA for that model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -94,6 +94,7 @@ def read_adapter(folder, base):
     raw, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     check_adapter_config(raw, folder)
     check_adapter_name(raw, folder, base)
+    raw["r"] = int(raw["r"])  # it may be written as 8.0
     made_for = folder / "base.json"
     raw["made_for"] = read_json(made_for) if made_for.exists() else {}
     try:
@@ -110,7 +111,7 @@ def read_adapter(folder, base):
 
 
 def check_adapter_config(raw, folder):
-    """ValueError unless adapter_config.json describes a plain LoRA. Makes r a whole number."""
+    """ValueError unless adapter_config.json describes a plain LoRA."""
     if raw.get("init_lora_weights") not in (True, False, None, "gaussian"):
         raise ValueError(f"{folder}: initialised by {raw['init_lora_weights']}, which changes the "
                          "base weights too; not supported")
@@ -125,7 +126,6 @@ def check_adapter_config(raw, folder):
     if not good or not isinstance(alpha, (int, float)):
         raise ValueError(f"{folder}/adapter_config.json: r {rank!r} and lora_alpha {alpha!r} must "
                          "be numbers")
-    raw["r"] = int(rank)
 
 
 def check_adapter_name(raw, folder, base):
@@ -135,9 +135,11 @@ def check_adapter_name(raw, folder, base):
     someone's disk says nothing.
     """
     theirs = str(raw.get("base_model_name_or_path") or "")
-    ours, their = (name.rstrip("/").rpartition("/")[2].lower() for name in (base, theirs))
-    published = "llada" in ours and "llada" in their and not Path(theirs).exists()
-    if "merged with" in theirs + base and theirs != base or published and ours != their:
+    our_name, their_name = (model.rstrip("/").rpartition("/")[2].lower()
+                            for model in (base, theirs))
+    merged = "merged with" in theirs + base  # load_backbone calls it so
+    published = "llada" in our_name and "llada" in their_name and not Path(theirs).exists()
+    if (merged and theirs != base) or (published and our_name != their_name):
         raise ValueError(f"{folder} was made for {theirs}, not for {base}; if that is the same "
                          "model, correct base_model_name_or_path in its adapter_config.json")
 
@@ -153,7 +155,7 @@ def refuse_other_weights(raw, folder, base, own):
 def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):
     """Put a trained adapter on the backbone, live and trainable. Returns the backbone.
 
-    Every key of the file must fit, and no layer may go without.
+    ValueError unless every key of the file fits and every layer gets its part.
     """
     raw, tensors = read_adapter(folder, backbone.name)
     targets = sorted({key.rpartition(".lora_")[0].rpartition(".")[2] for key in tensors})
@@ -178,8 +180,8 @@ def merge_adapter(source, folder, network, base, embed):
     """A source of weights like `source`, but with the adapter's product: W + (alpha / r) B A.
 
     The sum is made before W is quantised, so it is rounded once, not twice. source(name, shape)
-    gives a tensor, as checkpoint.Shards does. network: the empty model. embed: its embedding's
-    path.
+    gives a tensor, as checkpoint.Shards does. network: the empty model. embed: the path of its
+    embedding. ValueError if the adapter is for another model.
     """
     raw, tensors = read_adapter(folder, base)
     scale, weights = raw["lora_alpha"] / raw["r"], dict(network.named_parameters())

@@ -15,7 +15,7 @@ from backbones.families import FAMILIES
 from backbones.lora import lora_targets
 
 BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}  # of a number
-# nf4: 4 bits for a weight, a byte for the scale of 64, a float for the scale of 256 scales.
+# nf4: 4 bits for a weight, a byte for the scale of 64 weights, a float for the scale of 256 scales.
 NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 
 
@@ -30,7 +30,7 @@ def memory_plan(config, s, length):
 
 def plan_weights(network, config, s):
     """Weights, what is trained of them, its gradients, and the optimiser."""
-    family, wide = FAMILIES[config.family], BYTES[s.dtype]
+    wide = BYTES[s.dtype]
     small = quantisable(network, config) if s.load_4bit else {}
     in_4bit = sum(module.weight.numel() for module in small.values())
     sizes = [p.numel() for p in network.parameters()]
@@ -38,19 +38,26 @@ def plan_weights(network, config, s):
     if in_4bit:
         what += f", {human_count(in_4bit)} of {human_count(total)} in 4-bit"
     parts = [(what, (total - in_4bit) * wide + in_4bit * NF4)]
-    grain, lora = wide, 0  # bytes of a trained number; LoRA's bytes
-    what = "trained weights (the same as above)"
     if s.lora:
-        targets = lora_targets(config, s.lora_scope, s.lora_router)
-        sizes = [s.lora_rank * n for name, module in network.named_modules()
-                 if isinstance(module, nn.Linear) and name != family.head
-                 and name.rpartition(".")[2] in targets
-                 for n in (module.in_features, module.out_features)]
-        grain, what = BYTES[s.lora_dtype], "LoRA"
-        lora = sum(sizes) * grain
-    state = sum(optimizer_bytes(s.optimizer, n, grain) for n in sizes)
-    return parts + [(f"{what}, {human_count(sum(sizes))}", lora),
-                    ("their gradients", sum(sizes) * grain), (f"optimiser, {s.optimizer}", state)]
+        trained, grain = lora_sizes(network, config, s), BYTES[s.lora_dtype]
+        parts.append((f"LoRA, {human_count(sum(trained))}", sum(trained) * grain))
+    else:
+        trained, grain = sizes, wide
+        parts.append((f"trained weights (the same as above), {human_count(total)}", 0))
+    state = sum(optimizer_bytes(s.optimizer, n, grain) for n in trained)
+    return parts + [("their gradients", sum(trained) * grain),
+                    (f"optimiser, {s.optimizer}", state)]
+
+
+def lora_sizes(network, config, s):
+    """How many numbers each tensor of the LoRA has: an A and a B for each adapted layer."""
+    targets = lora_targets(config, s.lora_scope, s.lora_router)
+    sizes = []
+    for name, module in network.named_modules():
+        is_head = name == FAMILIES[config.family].head
+        if isinstance(module, nn.Linear) and not is_head and name.rpartition(".")[2] in targets:
+            sizes += [s.lora_rank * module.in_features, s.lora_rank * module.out_features]
+    return sizes
 
 
 def phi_bytes(network, config, s):

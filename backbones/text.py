@@ -1,6 +1,7 @@
 """Text for the real backbones: tokenizer, chat template, and chat data to train on.
 
-The chat template is a Jinja program of the checkpoint's. transformers runs it in a sandbox.
+The chat template is a Jinja program that comes with the checkpoint. The transformers library runs
+it in a sandbox.
 """
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ TURN_MARKS = {token for family in FAMILIES.values() for token in family.turn_mar
 # ---- The tokenizer ------------------------------------------------------------------------------
 
 class SpecialToken(ValueError):
-    """A text that the model would not read as text."""
+    """A text holds a token that the model would not read as text."""
 
 
 class Tokenizer:
@@ -59,9 +60,11 @@ class Tokenizer:
             return False
 
     def encode(self, text):
+        """Ids of a text, without a token at its start or end."""
         return self.hf(text, add_special_tokens=False)["input_ids"]
 
     def decode(self, ids):
+        """The text of ids; special tokens are skipped."""
         return self.hf.decode(ids, skip_special_tokens=True)
 
     def pieces(self, ids):
@@ -116,8 +119,8 @@ class Tokenizer:
 def chat_turns(record):
     """A record of a data file -> chat messages.
 
-    A record has `messages`, or prompt and response, or Alpaca's instruction, input and output. A
-    ValueError says what is wrong with another.
+    A record has `messages`, or prompt and response, or Alpaca's instruction, input and output.
+    ValueError says what is wrong with any other record.
     """
     if not isinstance(record, dict):
         raise ValueError(f"a record must be an object, not {type(record).__name__}")
@@ -134,19 +137,21 @@ def chat_turns(record):
 
 def check_messages(turns):
     """The turns of a record's `messages`, without other fields. The last is the assistant's."""
-    good = isinstance(turns, list) and len(turns) > 1
-    for turn in turns if good else ():
-        good = (good and isinstance(turn, dict)
-                and turn.get("role") in ("system", "user", "assistant")
-                and isinstance(turn.get("content"), str) and turn["content"].strip())
+    good = isinstance(turns, list) and len(turns) > 1 and all(is_turn(turn) for turn in turns)
     if not good or turns[-1]["role"] != "assistant":
         raise ValueError("'messages' must be a list of {role, content} that ends with the "
                          "assistant's turn")
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
+def is_turn(turn):
+    """Is this a {role, content} with a known role and some text?"""
+    return (isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
+            and isinstance(turn.get("content"), str) and bool(turn["content"].strip()))
+
+
 def text_field(record, key, optional=False):
-    """A text of a record, without white space around it. One that is optional may be missing."""
+    """A text of a record, without white space around it. An optional text may be missing."""
     value = record.get(key)
     if optional and value in (None, ""):
         return ""
@@ -165,7 +170,10 @@ class ChatData:
 
     def __init__(self, backbone, records=(), max_length=4096, truncate=False, split_seed=42,
                  where="", bad=0, seed=0):
-        """records: chat messages. where: the name of the data. bad: records already left out."""
+        """records: lists of chat messages. where: the name of the data.
+
+        bad: how many records were left out before. ValueError if fewer than two samples are left.
+        """
         self.tokenizer, self.seed = backbone.tokenizer, seed
         self.window, self.columns = backbone.config.max_length, {"held out": {}}
         if self.tokenizer is None:
@@ -209,7 +217,7 @@ class ChatData:
                 f"median, {lengths[-1]} at most), {counts['long']} too long, {counts['cut']} cut, "
                 f"{counts['special']} with special tokens in their text, {bad} malformed")
         if not self.tokenizer.templated:
-            note += ("; no usable chat template, so prompt and reply are joined by a blank line")
+            note += "; no usable chat template, so prompt and reply are joined by a blank line"
         return note
 
     def train(self, rng, progress, number):

@@ -39,7 +39,7 @@ def byte_tokenizer():
 def write_tiny(name, folder, seed=0, shards=2):
     """Write a random model of a few hundred thousand weights into the folder.
 
-    name: a key of TINY.
+    name: a key of TINY. The folder is made if it is missing.
     """
     folder, tokenizer = Path(folder), byte_tokenizer()
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,11 +71,11 @@ def write_shards(weights, folder, shards):
 
 def main():
     if len(sys.argv) != 3 or sys.argv[1] not in TINY:
-        sys.exit(f"usage: python -m backbones.tiny {{{','.join(TINY)}}} FOLDER\n"
+        sys.exit(f"usage: python -m backbones.tiny {{{','.join(TINY)}}} FOLDER "
                  "writes a tiny random model in the hub's layout")
     name, folder = sys.argv[1:]
     write_tiny(name, folder)
-    print(f"{folder}: a tiny {name}; try:\n  python train.py --model {folder} "
+    print(f"{folder}: a tiny {name}; try: python train.py --model {folder} "
           f"--data {folder}/pairs.jsonl --load-4bit")
 
 

@@ -4,6 +4,9 @@ import sys
 
 import pytest
 
+from backbones.tiny import write_tiny
+from tiny_models import NAMES
+
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
@@ -24,3 +27,22 @@ def cli(tmp_path, monkeypatch, capsys):
             code = stop.code
         return code, *capsys.readouterr()
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """The folder that holds a tiny checkpoint of each family, written once. Do not change them."""
+    root = tmp_path_factory.mktemp("hub")
+    for name in NAMES:
+        write_tiny(name, root / name)
+    return root
+
+
+@pytest.fixture(params=NAMES)
+def name_of(request):
+    return request.param
+
+
+@pytest.fixture(params=NAMES)
+def folder(tiny_models, request):
+    return tiny_models / request.param

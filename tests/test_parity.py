@@ -336,7 +336,7 @@ def test_parity_of_hidden_state_distillation_where_ours_differs(family, name, mo
     s, batch = settings(
         z, inner_loss={"hidden_mse": "hidden_mse",
                        "hidden_cos": "hidden_cosine"}[name]), batch_of(z)
-    path, masked = path_of(z, s, batch.x0), z["anchor_mask"].bool()
+    path = path_of(z, s, batch.x0)
     lower = lambda x: memdlm.lower_layers(backbone, s, x, batch.valid).detach()
     corrected, _ = memdlm.inner_loop(backbone, s, path[:1], batch.x0, batch.valid, lower, phi0(
         z, s))

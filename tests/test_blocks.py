@@ -1,0 +1,288 @@
+"""The blocks: against the library, by hand, and as backbones that memdlm.py asks."""
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from backbones.backbone import Backbone
+from backbones.blocks import GroupRouter
+from backbones.experts import Experts
+from backbones.families import PUBLISHED, TINY, translate
+from backbones.lora import add_lora, lora_targets
+import memdlm
+from memdlm import MemDLM
+from settings import Settings
+from tiny_models import (LIBRARY, NAMES, all_logits, empty_network, library_model, one_sample,
+                         random_batch, tiny_backbone, use_grouped)
+
+
+# ---- Shapes and architectures -------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_published_shapes_count_as_published():
+    """Parameters and tensors of the checkpoints, of the adapters that were released, and of phi."""
+    for name, parameters, tensors in (("llada-8b", 8_015_581_184, None),
+                                      ("llada-moe", 7_356_880_896, 3219), ("llada2.1-mini",
+                                                                           16_255_643_392, 14813)):
+        state = empty_network(name).state_dict()
+        assert sum(v.numel() for v in state.values()) == parameters
+        assert tensors in (None, len(state))
+    for name, router, modules, lora, adapted, phi in (("llada-moe", True, 3152, 311_459_840, 384,
+                                                       37.7e6), ("llada2.1-mini", False, 14692,
+                                                                 1_206_632_448, 1542, 126.3e6)):
+        network, config = empty_network(name), translate(PUBLISHED[name])
+        targets = lora_targets(config, "all", router)
+        linears = [
+            m for n, m in network.named_modules()
+            if isinstance(m, nn.Linear) and n.rpartition(".")[2] in targets
+        ]
+        assert len(linears) == modules and sum(32 * (m.in_features + m.out_features)
+                                               for m in linears) == lora
+        backbone = Backbone(network, config)
+        fast = backbone.matrices(memdlm.first_fast_layer(config.layers, 0.10), "ffn")
+        assert len(fast) == adapted
+        assert abs(sum(32 * (m.in_features + m.out_features) for m in fast.values()) - phi) < 0.1e6
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_blocks_are_those_of_the_library_without_the_causal_mask(name):
+    ours, theirs = tiny_backbone(name), library_model(name)
+    rename = [("model.embed_tokens", "model.transformer.wte"),
+              ("lm_head", "model.transformer.ff_out"), ("model.norm", "model.transformer.ln_f"),
+              ("model.layers", "model.transformer.blocks"), ("input_layernorm", "attn_norm"),
+              ("post_attention_layernorm", "ff_norm"), ("self_attn.o_proj", "attn_out"),
+              ("self_attn.", ""), ("mlp.gate_proj", "ff_proj"), ("mlp.up_proj", "up_proj"),
+              ("mlp.down_proj", "ff_out")]
+    weights = ours.network.state_dict()
+    state = {}
+    for key, value in theirs.state_dict().items():
+        if ".experts.gate_up_proj" in key:
+            stem = key.removesuffix("gate_up_proj")
+            state[key] = torch.stack([
+                torch.cat([weights[f"{stem}{e}.{p}_proj.weight"]
+                           for p in ("gate", "up")])
+                for e in range(len(value))
+            ])
+        elif ".experts.down_proj" in key:
+            stem = key.removesuffix("down_proj")
+            state[key] = torch.stack(
+                [weights[f"{stem}{e}.down_proj.weight"] for e in range(len(value))])
+        else:
+            own = key
+            for old, new in rename if name == "llada-8b" else ():
+                own = own.replace(old, new)
+            state[key] = weights[own]
+    theirs.load_state_dict(state)
+    batch = random_batch([9, 9])
+    mask = torch.zeros(1, 1, 9, 9)
+    with torch.no_grad():
+        h = theirs.model.embed_tokens(batch.x0)
+        position = theirs.model.rotary_emb(h, torch.arange(9)[None])
+        for layer in theirs.model.layers:
+            h = layer(h, attention_mask=mask, position_embeddings=position)
+        expected = theirs.lm_head(theirs.model.norm(h))
+        torch.testing.assert_close(all_logits(ours, batch.x0, batch.valid), expected, rtol=1e-4,
+                                   atol=1e-4)
+        assert (expected - all_logits(ours, batch.x0.flip(0), batch.valid)).abs().max() > 0.1
+
+
+def test_group_router_by_hand():
+    """Four groups of two; the bias decides who is chosen, the weights are the unbiased sigmoids,
+    normalised and scaled."""
+    c = replace(translate(PUBLISHED["llada2.1-mini"] | TINY["llada2.1-mini"]), width=8)
+    router = GroupRouter(c)
+    router.weight.data = torch.eye(8)
+    x = torch.tensor([[3.0, -3, 1, 0.9, 0, 0, 2, -5]])
+    score = x[0].sigmoid()
+    router.expert_bias = torch.tensor([0, 0, 0, 0, 0.7, 0.7, 0, 0.0])
+    # group sums: .953+.047, .731+.711, (.5+.7)*2, .881+.007 -> groups 2 and 1; of their four the
+    # best two are 4 and 5
+    weights, chosen = router(x)
+    assert set(chosen[0].tolist()) == {4, 5}
+    torch.testing.assert_close(weights, torch.full((1, 2), 2.5 / 2))
+    router.expert_bias = torch.zeros(8)
+    # Now groups 1 and {0 or 2, both about 1.0}: 0 has .9526 + .0474 = 1.0000 as 2 has 1.0.
+    weights, chosen = router(x)
+    assert 2 in chosen[0].tolist() and chosen[0, 0] in (0, 2)
+    torch.testing.assert_close(weights.sum(), torch.tensor(2.5))
+    torch.testing.assert_close(weights[0] / 2.5, score[chosen[0]] / score[chosen[0]].sum())
+
+
+def test_experts_are_what_a_loop_over_tokens_gives():
+    backbone = tiny_backbone("llada-moe")
+    mlp = backbone.part("layers")[1].mlp
+    x = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(0))
+    weights, chosen = mlp.gate(x).flatten(0, 1).softmax(-1).topk(2, dim=-1)
+    out = mlp.experts(x, weights, chosen).view(-1, 64)
+    for i, token in enumerate(x.view(-1, 64)):
+        expected = sum(
+            w * mlp.experts[e](token[None])[0] for w, e in zip(weights[i], chosen[i].tolist()))
+        torch.testing.assert_close(out[i], expected, rtol=1e-4, atol=1e-6)
+    assert (weights.sum(-1) < 0.9).any()  # not renormalised
+
+
+# ---- Rows, padding, fast weights ----------------------------------------------------------------
+
+@pytest.mark.parametrize("name, attention",
+                         [*((n, "full") for n in NAMES), ("llada2.1-mini", "block")])
+def test_a_padded_batch_equals_its_single_samples(name, attention):
+    """Logits, the MemDLM step with a phi for each sample, and adaptation to prompts of different
+    lengths."""
+    backbone = tiny_backbone(name, attention=attention)
+    batch = random_batch([40, 11, 67])
+    s = Settings(per_sample=True, rank=4, alpha=8.0, scope="ffn+attn", layer_fraction=0.5)
+    together = all_logits(backbone, batch.x0, batch.valid)
+    model = MemDLM(backbone, s)
+    t, xt = torch.tensor([0.5, 0.9, 0.3]), batch.x0.clone()
+    masked = batch.maskable & (memdlm.uniform(batch.seeds, "x", 67) < t[:, None])
+    xt[masked] = backbone.mask_id
+    nll, record, _ = model.memdlm_step(batch, t, xt, masked)
+    phi, adapted = memdlm.adapt(backbone, s, batch.prompt, batch.prompt_valid, batch.seeds)
+    for b in range(3):
+        one, n = one_sample(batch, b), int(batch.valid[b].sum())
+        torch.testing.assert_close(
+            all_logits(backbone, one.x0, one.valid)[0], together[b, :n], rtol=1e-4, atol=2e-5)
+        own, _, _ = model.memdlm_step(one, t[b:b + 1], xt[b:b + 1, :n], masked[b:b + 1, :n])
+        torch.testing.assert_close(own[0], nll[b, :n], rtol=1e-4, atol=2e-5)
+        # ... and for one sample, sharing phi or not is the same.
+        shared, _, _ = MemDLM(backbone, replace(s, per_sample=False)).memdlm_step(
+            one, t[b:b + 1], xt[b:b + 1, :n], masked[b:b + 1, :n])
+        torch.testing.assert_close(shared, own)
+        single, _ = memdlm.adapt(backbone, s, one.prompt, one.prompt_valid, one.seeds)
+        for key in phi:
+            for w, v in zip(phi[key], single[key]):
+                torch.testing.assert_close(w[b], v[0], rtol=1e-3, atol=2e-6)
+    assert any(B.abs().sum() > 0 for _, B in phi.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_phi_zero_is_the_plain_model_to_the_last_bit_and_adaptation_leaves_no_trace(name):
+    backbone, batch = tiny_backbone(name), random_batch([20, 9])
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    s = Settings(layer_fraction=0.5)
+    plain = all_logits(backbone, batch.x0, batch.valid)
+    phi = memdlm.fresh_phi(backbone, s, [1, 2])
+    assert torch.equal(plain, all_logits(backbone, batch.x0, batch.valid, phi, s))
+    backbone.train()
+    backbone.part("layers")[1].eval()
+    modes = [m.training for m in backbone.modules()]
+    phi, _ = memdlm.adapt(backbone, s, batch.prompt, batch.prompt_valid, [1, 2])
+    assert modes == [m.training for m in backbone.modules()]
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+    assert torch.equal(plain, all_logits(backbone, batch.x0, batch.valid))
+    assert not torch.allclose(plain, all_logits(backbone, batch.x0, batch.valid, phi, s))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointing_changes_no_gradient(name):
+    results = []
+    for checkpointing in (False, True):
+        backbone = tiny_backbone(name, checkpointing=checkpointing)
+        add_lora(backbone, 4, 8.0, 0.1)
+        torch.manual_seed(0)
+        loss, _ = MemDLM(backbone.train(), Settings(rank=4, alpha=8.0))(random_batch([12, 30]))
+        loss.backward()
+        results.append({n: p.grad for n, p in backbone.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys() and len(results[0]) > 20
+    assert all(torch.allclose(results[0][n], results[1][n], atol=1e-7) for n in results[0])
+
+
+def test_dropout_is_off_while_adapting():
+    backbone = add_lora(tiny_backbone("llada-moe"), 4, 8.0, 0.5)
+    for name, p in backbone.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.1)
+    backbone.train()
+    batch = random_batch([12])
+    runs = [
+        memdlm.adapt(backbone, Settings(), batch.prompt, batch.prompt_valid, [0])[0]
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for key in runs[0] for a, b in zip(runs[0][key], runs[1][key]))
+
+
+# ---- Only the rows that are read ----------------------------------------------------------------
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_rows_that_are_read_are_as_if_all_were_computed(name_of, per_sample):
+    """The last feed-forward runs on the needed rows alone; values and the gradients of theta and
+    phi are the same."""
+    backbone, batch = tiny_backbone(name_of), random_batch([40, 11, 67])
+    backbone.requires_grad_(True)
+    s = Settings(rank=4, alpha=8.0, layer_fraction=0.5)
+    need = batch.maskable & (torch.rand(batch.x0.shape, generator=torch.Generator().manual_seed(1))
+                             < 0.3)
+    need[1] = False  # nothing is read of this sample
+    phi = memdlm.fresh_phi(backbone, s, batch.seeds if per_sample else batch.seeds[:1])
+    phi = {
+        n: (a, torch.randn(b.shape, generator=torch.Generator().manual_seed(2)) * 0.05)
+        for n, (a, b) in phi.items()
+    }
+    phi = {n: tuple(w.requires_grad_() for w in pair) for n, pair in phi.items()}
+    leaves = [w for pair in phi.values() for w in pair] + list(backbone.parameters())
+    out = []
+    for rows_read in (None, need):
+        h = memdlm.upper_layers(backbone, s, memdlm.lower_layers(
+            backbone, s, batch.x0, batch.valid), batch.valid, phi, rows_read)[need]
+        out.append(
+            (h, torch.autograd.grad(backbone.head(h).square().sum(), leaves, allow_unused=True)))
+    assert torch.allclose(out[0][0], out[1][0], atol=1e-5)
+    for a, b in zip(out[0][1], out[1][1]):
+        a, b = (torch.zeros(1) if g is None else g for g in (a, b))
+        assert (a - b).norm() <= 1e-5 * a.norm() + 1e-6
+
+
+def test_unread_rows_skip_the_feed_forward():
+    backbone, batch = tiny_backbone("llada-moe"), random_batch([20, 20])
+    seen = []
+    backbone.core.model.layers[-1].mlp.experts.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].shape[:-1].numel()))
+    need = torch.zeros_like(batch.valid)
+    need[0, 3:6] = True
+    for rows_read in (need, None, torch.zeros_like(need)):
+        memdlm.upper_layers(backbone, Settings(),
+                            memdlm.lower_layers(backbone, Settings(), batch.x0, batch.valid),
+                            batch.valid, None, rows_read)
+    assert seen == [3, 40, 40]  # with gradients all must take part if none is read, for DDP
+    with torch.no_grad():
+        h = memdlm.lower_layers(backbone, Settings(), batch.x0, batch.valid)
+        memdlm.upper_layers(backbone, Settings(), h, batch.valid, None, torch.zeros_like(need))
+    assert seen == [3, 40, 40]
+
+
+# ---- What the host waits for --------------------------------------------------------------------
+
+def test_a_step_reads_one_number_back_per_moe_layer(monkeypatch):
+    """Masks live on the host, hidden states on the device.
+
+    Nothing that is computed from hidden states is read, but each MoE layer's counts, once a pass;
+    with all experts at once not even these.
+    """
+    backbone = tiny_backbone("llada-moe")
+    add_lora(backbone, 8, 16.0, 0.05)
+    passes = []
+    for m in backbone.modules():
+        if isinstance(m, Experts):
+            m.register_forward_hook(lambda *a: passes.append(1))
+    reads = []
+    for method in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "numpy"):
+        def spy(self, *a, real=getattr(torch.Tensor, method), method=method, **k):
+            import sys
+            caller = sys._getframe(1)
+            name = caller.f_code.co_name
+            if "backbones" in caller.f_code.co_filename or "memdlm.py" in caller.f_code.co_filename:
+                reads.append((name, method))
+            return real(self, *a, **k)
+        monkeypatch.setattr(torch.Tensor, method, spy)
+    # Of masks and counts of masks.
+    on_the_host = {"blocks", "mask", "add_feed_forward", "stage_loss"}
+    for on in (False, True):
+        use_grouped(backbone, on)
+        for s in (Settings(rank=8), Settings(rank=8, memory=False)):
+            reads.clear(), passes.clear()
+            MemDLM(backbone.train(), s)(random_batch([30, 20]), report=False)[0].backward()
+            assert reads.count(
+                ("run_one_by_one", "tolist")) == (0 if on else len(passes)) and len(passes) >= 4
+            assert {name for name, _ in reads} - on_the_host <= {"run_one_by_one"}

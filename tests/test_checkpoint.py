@@ -1,0 +1,211 @@
+"""From a folder to a backbone: loading, refusals, 4 bits."""
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from backbones.checkpoint import describe, load_backbone
+from backbones.families import FAMILIES, PUBLISHED, TINY, read_config, translate
+from backbones.lora import add_lora
+from data import find_data_file
+from files import model_folder
+import memdlm
+import train
+from settings import Settings
+from tiny_models import edit_json, NAMES, dequantised, random_batch, tiny_backbone
+
+
+# ---- Loading ------------------------------------------------------------------------------------
+
+def test_a_checkpoint_loads_as_it_is_and_says_what_it_loaded(folder):
+    backbone = load_backbone(str(folder))
+    stored = {}
+    for file in folder.glob("*.safetensors"):
+        stored |= load_file(file)
+    ours = backbone.network.state_dict()
+    assert stored.keys() == ours.keys() and all(torch.equal(stored[k], ours[k]) for k in stored)
+    assert backbone.mask_id == backbone.tokenizer.mask_id
+    assert backbone.config.eos_id == backbone.tokenizer.eos_id
+    assert not any(p.requires_grad for p in backbone.parameters()) and not backbone.training
+    text = describe(backbone)
+    size = sum(p.numel() for p in backbone.parameters())
+    assert "0 layers in 4-bit" in text and f"{size / 1e6:.3g} million" in text
+
+
+def broken(folder, tmp_path, change):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    change(copy)
+    return str(copy)
+
+
+def edit_weights(change):
+    def edit_one(copy):
+        path = copy / "model-00001-of-00002.safetensors"
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path)
+    return edit_one
+
+
+def drop_from_index(copy):
+    path = copy / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"].pop("lm_head.weight")
+    path.write_text(json.dumps(index))
+
+
+def point_outside(copy):
+    path = copy / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = "../../secret.safetensors"
+    path.write_text(json.dumps(index))
+
+
+def extra_in_index(copy):
+    path = copy / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.0.mlp.expert_bias"] = "model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [(edit_json("config.json", model_type="llama"), "supported are LLaDA"),
+     (edit_json("config.json", model_type="llada2_moe"), "use_bias is None"),
+     (edit_json("config.json", num_experts=None), "supported are LLaDA"),
+     (edit_json("config.json", rope_theta=None), "rope_theta is None"),
+     (edit_json("config.json", num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
+     (edit_json("config.json", hidden_size="big"), "hidden_size is 'big'"),
+     (edit_json("config.json", num_experts_per_tok=9), "do not fit together"),
+     (edit_json("config.json", qk_layernorm=False), "a variant that this code does not compute"),
+     (edit_json("config.json", moe_layer_freq=[1, 0, 1, 1]), "moe_layer_freq"),
+     (edit_json("config.json", norm_topk_prob=True), "norm_topk_prob is True"),
+     (edit_json("config.json", num_hidden_layers=5), "has no model.layers.4"),
+     (edit_json("config.json", num_hidden_layers=3), "have no place in the model"),
+     (edit_json("config.json", mask_token_id=5000), "outside the vocabulary"),
+     (edit_json("config.json", eos_token_id=257, mask_token_id=257), "same id"),
+     (edit_json("config.json", moe_layer_freq=0), "moe_layer_freq"),
+     (lambda copy: (copy / "config.json").write_text("{"), "is not JSON"),
+     (lambda copy: (copy / "config.json").unlink(), "config.json is missing"),
+     (lambda copy: (copy / "model-00002-of-00002.safetensors").unlink(),
+      "model-00002-of-00002.safetensors is missing"),
+     (lambda copy: (copy / "model-00002-of-00002.safetensors").write_bytes(b"x" * 100),
+      "is not a safetensors file"),
+     (lambda copy: (copy / "tokenizer.json").write_text("{}"), "tokenizer cannot be read"),
+     (drop_from_index, "has no lm_head.weight"),
+     (point_outside, "not a safetensors file beside it"), (extra_in_index, "have no place"),
+     (edit_weights(lambda w: w.update({k: w[k][:1]
+                                       for k in [next(k for k in w if "q_proj" in k)]})),
+      "should be [64, 64], is [1, 64]"),
+     (edit_weights(lambda w: w.pop("lm_head.weight")), "though the index says so"), ])
+def test_what_does_not_fit_is_refused_in_one_line(tiny_models, tmp_path, change, says):
+    with pytest.raises(ValueError, match=says.replace("[", r"\[")) as error:
+        load_backbone(broken(tiny_models / "llada-moe", tmp_path, change))
+    assert "\n" not in str(error.value)
+
+
+def test_fields_in_other_forms():
+    moe, dense, two = (PUBLISHED[name] for name in ("llada-moe", "llada-8b", "llada2.1-mini"))
+    plain = translate(moe)
+    moved = {k: v
+             for k, v in moe.items()
+             if k != "rope_theta"
+             } | {"rope_parameters": {"rope_theta": 50000, "rope_type": "default"}}
+    assert translate(moved) == plain == translate(moe | {"moe_layer_freq": 1})
+    assert translate(moe | {"eos_token_id": [7, 8]}).eos_id == 7
+    assert translate(two).rotary_dim == 64
+    assert translate({k: v
+                      for k, v in two.items()
+                      if k != "partial_rotary_factor"} | {"rotary_dim": 64}).rotary_dim == 64
+    for key in ("scale_logits", "input_emb_norm"):
+        with pytest.raises(ValueError, match=key):
+            translate(dense | {key: True})
+
+
+def test_nothing_of_a_repository_is_run(tiny_models, tmp_path):
+    def bait(copy):
+        (copy / "modeling_llada.py").write_text("raise SystemExit('ran')")
+        edit_json("config.json",
+             auto_map={"AutoModel": "modeling_llada.LLaDA", "AutoConfig": "modeling_llada.C"})(copy)
+        (copy / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch /tmp/ran'\ntR.")
+    assert load_backbone(broken(tiny_models / "llada-moe", tmp_path, bait)).vocab_size == 320
+
+
+def test_the_hub_out_of_reach_is_one_quick_line(monkeypatch):
+    import time
+    begin = time.perf_counter()
+    for call, name in ((model_folder, "nobody/nothing"), (read_config, "nobody/nothing"),
+                       (find_data_file, "nobody/data")):
+        with pytest.raises(ValueError, match="could not be fetched from the hub") as error:
+            call(name)
+        assert "\n" not in str(error.value) and "give" in str(error.value)
+    assert time.perf_counter() - begin < 15
+
+
+# ---- 4-bit --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, quantised", [("llada-8b", 28), ("llada-moe", 4 * (4 + 24)),
+                                             ("llada2.1-mini", 4 * 2 + 3 + 3 * 27)])
+def test_4bit_quantises_every_layer_of_the_blocks_and_nothing_else(name, quantised):
+    import bitsandbytes as bnb
+    backbone = tiny_backbone(name, load_4bit=True)
+    layers = {n: m for n, m in backbone.network.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert len(layers) == quantised
+    for n, m in layers.items():
+        state = m.weight.quant_state
+        assert m.weight.dtype == torch.uint8 and state.quant_type == "nf4"
+        assert state.nested and state.blocksize == 64
+        assert not m.weight.requires_grad
+    plain = [n for n, m in backbone.network.named_modules() if type(m) is nn.Linear]
+    assert all(n == FAMILIES[backbone.config.family].head or n.endswith("mlp.gate") for n in plain)
+    assert f"{quantised} layers in 4-bit" in describe(backbone)
+    assert next(iter(dequantised(backbone).values())).shape[1] == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_4bit_gradients_are_those_of_the_dequantised_weights(name, training, dtype):
+    """phi's and the LoRA's, in train and in eval mode, where bitsandbytes has a path without
+    gradients on some CPUs."""
+    raw = PUBLISHED[name] | TINY[name] | {"mask_token_id": 301, "eos_token_id": 300}
+    s, batch, results = Settings(rank=4, alpha=8.0, layer_fraction=0.5), random_batch([14, 8]), []
+    quant = load_backbone(raw, load_4bit=True, random=True, dtype=dtype, device="cpu")
+    plain = load_backbone(raw, random=True, dtype=dtype, device="cpu")
+    for n, w in dequantised(quant).items():
+        plain.network.get_submodule(n).weight.data = w.to(getattr(torch, dtype))
+    assert {p.dtype
+            for n, p in quant.named_parameters()
+            if p.dtype != torch.uint8} == {getattr(torch, dtype)}
+    for backbone in (quant, plain):
+        add_lora(backbone, 4, 8.0, 0.0, seed=1)
+        backbone.train(training)
+        phi = memdlm.fresh_phi(backbone, s, [0])
+        phi = {k: (A, B + 0.01) for k, (A, B) in phi.items()}
+        leaves = [w.requires_grad_() for pair in phi.values() for w in pair]
+        with memdlm.fast_weights(backbone, s, phi):
+            h = backbone.blocks(backbone.embed(batch.x0), batch.valid, 0, None)
+            loss = memdlm.token_nll(backbone, h, batch.x0, batch.maskable).mean()
+        loras = [p for n, p in backbone.named_parameters() if "lora_B" in n]
+        grads = torch.autograd.grad(loss, leaves + loras, allow_unused=True)
+        results.append(
+            torch.cat([torch.zeros(1) if g is None else g.float().flatten() for g in grads]))
+    ours, expected = results
+    assert expected.norm() > 0
+    # In bfloat16 single roundings differ, and a router may choose another expert for a token on the
+    # edge.
+    assert (ours - expected).norm() < {"float32": 1e-4, "bfloat16": 0.05}[dtype] * expected.norm()
+
+
+def test_4bit_without_bitsandbytes_is_an_error(monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        tiny_backbone("llada-moe", load_4bit=True)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        train.make_optimizer(Settings(optimizer="adamw8bit"), [nn.Parameter(torch.zeros(1))])

@@ -1,0 +1,142 @@
+"""Adapters: saved, loaded, merged, refused."""
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from backbones.backbone import Backbone, build_network
+from backbones.checkpoint import load_backbone, load_weights
+from backbones.families import FAMILIES
+from backbones.lora import (add_lora, load_adapter, merge_adapter, save_adapter)
+import memdlm
+from tiny_models import all_logits, random_batch, random_lora, tiny_backbone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, router", [("llada-8b", False), ("llada-moe", False),
+                                          ("llada-moe", True), ("llada2.1-mini", False)])
+def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(
+        name, router, tmp_path):
+    from peft import PeftModel
+    batch = random_batch([12, 7])
+    backbone = random_lora(tiny_backbone(name), router=router)
+    expected = all_logits(backbone, batch.x0, batch.valid)
+    plain = all_logits(tiny_backbone(name), batch.x0, batch.valid)
+    assert not torch.allclose(expected, plain, atol=1e-2)
+    save_adapter(backbone, tmp_path / "adapter")
+    assert {p.name
+            for p in (tmp_path / "adapter").iterdir()} >= {
+                "adapter_config.json", "adapter_model.safetensors"
+            }
+    keys = load_file(tmp_path / "adapter/adapter_model.safetensors").keys()
+    assert not any(
+        key.startswith(f"base_model.model.{FAMILIES[backbone.config.family].head}.")
+        for key in keys)
+    if name == "llada-moe":
+        assert "base_model.model.model.layers.3.mlp.experts.5.up_proj.lora_A.weight" in keys
+        assert ("base_model.model.model.layers.3.mlp.gate.lora_A.weight" in keys) == router
+    live = load_adapter(tiny_backbone(name), str(tmp_path / "adapter"))
+    assert torch.equal(all_logits(live, batch.x0, batch.valid), expected)
+    other = tiny_backbone(name)
+    other.network = PeftModel.from_pretrained(other.network, tmp_path / "adapter")
+    torch.testing.assert_close(all_logits(other, batch.x0, batch.valid), expected)
+    # Merged: into the weights of a checkpoint on disk, before they would be quantised.
+    weights = tiny_backbone(name).network.state_dict()
+    network = build_network(backbone.config)
+    source = merge_adapter(lambda key, shape: weights[key], str(tmp_path / "adapter"), network,
+                           name, FAMILIES[backbone.config.family].embed)
+    load_weights(network, source, torch.float32, "cpu")
+    merged = Backbone(network.eval(), backbone.config)
+    torch.testing.assert_close(all_logits(merged, batch.x0, batch.valid), expected, rtol=1e-3,
+                               atol=1e-3)
+
+
+@pytest.mark.slow
+def test_adapters_that_do_not_fit_are_refused(tmp_path):
+    source = tmp_path / "adapter"
+    save_adapter(random_lora(tiny_backbone("llada-moe")), source)
+    cases = {
+        "made for another model|adapts": lambda c, w: None,  # LLaDA2.1 below
+        "only plain LoRA": lambda c, w: c.update(use_dora=True),
+        "modules_to_save": lambda c, w: c.update(modules_to_save=["lm_head"]),
+        "r 0": lambda c, w: c.update(r=0),
+        "keys do not fit": lambda c, w: w.pop(
+            "base_model.model.model.layers.0.mlp.experts.0.up_proj.lora_A.weight"),
+        "1 of .* keys do not fit": lambda c, w: w.update({
+            "base_model.model.model.layers.9.mlp.experts.0.up_proj.lora_A.weight": torch.zeros(
+                4, 64)
+        }),
+        "adapts .*lm_head": lambda c, w: w.update(
+            {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}),
+        "initialised by pissa": lambda c, w: c.update(init_lora_weights="pissa"),
+        "was made for x/LLaDA-MoE-Instruct": lambda c, w: c.update(base_model_name_or_path=
+                                                                   "x/LLaDA-MoE-Instruct")
+    }
+    for says, change in cases.items():
+        folder = tmp_path / "changed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(source, folder)
+        config, weights = json.loads((folder / "adapter_config.json").read_text()), load_file(
+            folder / "adapter_model.safetensors")
+        change(config, weights)
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        save_file(weights, folder / "adapter_model.safetensors")
+        backbone = tiny_backbone("llada2.1-mini" if says.startswith("made") else "llada-moe")
+        backbone.name = "x/LLaDA-MoE-Base"
+        with pytest.raises(ValueError, match=says) as error:
+            load_adapter(backbone, str(folder))
+        assert "\n" not in str(error.value)
+
+
+def test_the_name_of_the_base_is_compared_where_it_says_something(tmp_path):
+    backbone = random_lora(tiny_backbone("llada-moe"))
+    save_adapter(backbone, tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    for theirs, ours, fits in ((None, "x/LLaDA-MoE-Base",
+                                True), ("models/my-moe", "x/LLaDA-MoE-Base",
+                                        True), ("other/LLaDA-MoE-Base", "x/LLaDA-MoE-Base", True),
+                               ("other/LLaDA-MoE-Chat", "x/LLaDA-MoE-Base",
+                                False), ("x/LLaDA-MoE-Base merged with y", "x/LLaDA-MoE-Base",
+                                         False), ("x/LLaDA-MoE-Base merged with y",
+                                                  "x/LLaDA-MoE-Base merged with y", True)):
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": theirs}))
+        other = tiny_backbone("llada-moe")
+        other.name = ours
+        if fits:
+            load_adapter(other, str(tmp_path / "adapter"))
+        else:
+            with pytest.raises(ValueError, match="was made for"):
+                load_adapter(other, str(tmp_path / "adapter"))
+
+
+def test_an_adapter_on_other_weights_of_the_same_shape_is_refused(tiny_models, tmp_path):
+    for seed in (0, 1):
+        shutil.copytree(tiny_models / "llada-moe", tmp_path / str(seed))
+    for path in (tmp_path / "1").glob("*.safetensors"):
+        save_file({k: t + 0.01 for k, t in load_file(path).items()}, path, {"format": "pt"})
+    save_adapter(add_lora(load_backbone(str(tmp_path / "0")), 4, 8.0, 0.0), tmp_path / "a")
+    load_adapter(load_backbone(str(tmp_path / "0"), load_4bit=True, dtype="bfloat16"),
+                 str(tmp_path / "a"))
+    for use in (lambda: load_adapter(load_backbone(str(tmp_path / "1")), str(tmp_path / "a")),
+                lambda: load_backbone(str(tmp_path / "1"), merge=str(tmp_path / "a"))):
+        with pytest.raises(ValueError, match="was made for other weights .*remove its base.json"):
+            use()
+    (tmp_path / "a/base.json").unlink()
+    load_backbone(str(tmp_path / "1"), merge=str(tmp_path / "a"))
+
+
+def test_lora_gradients_reach_every_adapted_layer():
+    backbone = random_lora(tiny_backbone("llada-moe"), router=True)
+    # Without masks: these are all alike and would go to the same experts.
+    batch = random_batch([60, 60, 60])
+    h = backbone.train().blocks(backbone.embed(batch.x0), batch.valid, 0, None)
+    memdlm.token_nll(backbone, h, batch.x0, batch.valid).mean().backward()
+    without = [
+        n for n, p in backbone.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    assert not without and all(
+        ("lora_" in n) == p.requires_grad for n, p in backbone.named_parameters())

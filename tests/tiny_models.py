@@ -1,0 +1,134 @@
+"""Tiny random models of every family, for several test files.
+
+A new family is tested as soon as it has its row in backbones/families.py. If the transformers
+library has the same architecture, it gets a row in LIBRARY too.
+"""
+import json
+
+import torch
+from torch import nn
+
+from backbones.backbone import build_network
+from backbones.blocks import GroupRouter
+from backbones.checkpoint import load_backbone
+from backbones.experts import Experts
+from backbones.families import PUBLISHED, TINY, translate
+from backbones.lora import add_lora, lora_weights
+import memdlm
+from memdlm import Batch
+from settings import Settings
+
+NAMES = list(TINY)  # of every family
+
+
+def empty_network(name):
+    with torch.device("meta"):
+        network = build_network(translate(PUBLISHED[name]))
+    return network
+
+
+def tiny_backbone(name, seed=0, **options):
+    """Tiny random backbone with weights large enough that attention, router and φ matter."""
+    raw = PUBLISHED[name] | TINY[name] | {
+        "mask_token_id": 301, "eos_token_id": 300, "pad_token_id": 300
+    }
+    backbone = load_backbone(raw, random=True, dtype="float32", device="cpu", seed=seed, **options)
+    generator = torch.Generator().manual_seed(seed)
+    for p in backbone.parameters():
+        if p.dtype == torch.float32:
+            spread = 0.15 if p.dim() > 1 else 0.3
+            p.data = (p.dim() == 1) + spread * torch.randn(p.shape, generator=generator)
+    for m in backbone.modules():
+        if isinstance(m, GroupRouter):
+            m.expert_bias = 0.1 * torch.randn(m.expert_bias.shape, generator=generator)
+    return backbone
+
+
+def random_batch(lengths, prompt=5, seed=0):
+    """A batch of rows of these lengths, padded with zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(1, 256, (n,), generator=generator) for n in lengths]
+    x0 = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    valid = torch.arange(x0.shape[1]) < torch.tensor(lengths)[:, None]
+    maskable = valid & (torch.arange(x0.shape[1]) >= prompt)
+    return Batch(x0, maskable, valid, list(range(len(lengths))), x0, valid)
+
+
+def use_grouped(backbone, on):
+    for m in backbone.modules():
+        if isinstance(m, Experts):
+            m.grouped = on
+
+
+def one_sample(batch, b):
+    n = int(batch.valid[b].sum())
+    cut = lambda x: x[b:b + 1, :n]
+    return Batch(cut(batch.x0), cut(batch.maskable), cut(batch.valid), [batch.seeds[b]],
+                 cut(batch.prompt), cut(batch.prompt_valid))
+
+
+def all_logits(backbone, x, valid, phi=None, s=None):
+    s = s or Settings()
+    return backbone.head(
+        memdlm.upper_layers(backbone, s, memdlm.lower_layers(backbone, s, x, valid), valid, phi))
+
+
+def library_model(name):
+    """The library's model of the same architecture, made to look both ways; None if it has none."""
+    import transformers
+    c = translate(TINY[name])
+    common = dict(
+        vocab_size=c.vocab_size, hidden_size=c.width, num_hidden_layers=c.layers,
+        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim,
+        rms_norm_eps=c.eps, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta})
+    model = LIBRARY[name](transformers, c, common)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    return model.eval()
+
+
+def make_llama(transformers, c, common):
+    config = transformers.LlamaConfig(intermediate_size=c.ffn, **common)
+    return transformers.LlamaForCausalLM(config)
+
+
+def make_qwen3_moe(transformers, c, common):
+    config = transformers.Qwen3MoeConfig(
+        num_experts=c.experts, num_experts_per_tok=c.top_k, moe_intermediate_size=c.expert_ffn,
+        norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=[],
+        intermediate_size=c.expert_ffn, **common)
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+# The test row of a model: its class in the transformers library, where it has one.
+LIBRARY = {"llada-8b": make_llama, "llada-moe": make_qwen3_moe}
+
+
+def dequantised(backbone):
+    import bitsandbytes.functional as bf
+    return {
+        n: bf.dequantize_4bit(m.weight.data, m.weight.quant_state)
+        for n, m in backbone.network.named_modules()
+        if hasattr(m, "quant_state") and m.weight.quant_state is not None
+    }
+
+
+def random_lora(backbone, seed=0, router=False, **options):
+    add_lora(backbone, 4, 8.0, 0.0, router=router, **options)
+    generator = torch.Generator().manual_seed(seed)
+    for key, p in lora_weights(backbone).items():
+        p.data = 0.1 * torch.randn(p.shape, generator=generator)
+    return backbone
+
+
+def edit_json(file, **changes):
+    """A function that changes fields of a JSON file in a folder; None removes one."""
+    def change(copy):
+        raw = json.loads((copy / file).read_text())
+        for key, value in changes.items():
+            raw.pop(key, None)
+            if value is not None:
+                raw[key] = value
+        (copy / file).write_text(json.dumps(raw))
+    return change
