@@ -1,7 +1,8 @@
 """MemDLM: memory-enhanced training of masked diffusion language models, in one file.
 
-The paper is Pei et al., "MemDLM: Memory-Enhanced DLM Training", arXiv 2603.22241. The numbers of
-equations, sections and figures below are its own.
+The paper is Pei et al., "MemDLM: Memory-Enhanced DLM Training", arXiv 2603.22241. Numbers of
+equations, sections and figures are its own. `Differs:` marks where the paper, its
+published code and ours are not the same.
 
 The idea. A masked diffusion language model learns to fill in tokens that were hidden at random
 (Eq. 1-2): in one step, from true text. It generates in many steps, from its own guesses. That gap
@@ -16,23 +17,22 @@ inner loop (Eq. 5-8). "_" is the mask token:
     stage 2      predict from the anchor; one SGD step        phi_1 -> phi_2
     outer step   predict from the anchor, given phi_2; the model learns, phi_2 is a constant
 
-phi, the fast weights, is a small LoRA on the last layers. It lives for one batch and is thrown
-away. The outer step is first order (Eq. 9-10). At inference the same loop can run on the prompt
-alone, so that phi holds the prompt while the answer is decoded (4.5).
+phi, the fast weights, is a small LoRA on the last layers, apart from any LoRA that is trained. It
+lives for one batch and is thrown away. The outer step is first order (Eq. 9-10). At inference the
+same loop can run on the prompt, so that phi holds the prompt while the answer is decoded (4.5).
 
 Glossary
     paper     name here     shape    what it is
     x_0       x0            [B, L]   clean tokens
     x_t       xt            [B, L]   the anchor: x0 with masks (Eq. 1)
-    x_t_pre   x_pre         [B, L]   the pre-anchor: x0 with more masks (3.2)
     M_t       masked        [B, L]   bool, where xt holds the mask token (Eq. 2)
     -         maskable      [B, L]   bool, tokens that may be noised: the response
     -         valid         [B, L]   bool, False on padding
     t         t             [B]      noise level: each maskable token is masked with probability t
-    rho       ratio         [B]      the share that came out masked, |masked| / |maskable|
+    rho       rho           [B]      share masked in a stage's input, |mask| / |maskable|
     theta     backbone      -        the model, or its trainable LoRA
     phi       phi           -        fast weights: {matrix name: (A [G, r, in], B [G, out, r])},
-                                     G = B for one phi per sample, G = 1 for one that they share
+                                     G = batch size for one phi per sample, 1 if they share one
     eta, K    inner_lr, inner_steps  rate and number of the inner steps (Eq. 6)
     s_pre     pre_scale     -        masks at the pre-anchor / masks at the anchor (4.4)
 
@@ -72,25 +72,25 @@ class Settings:
     per_sample: bool = setting("method", False, "in training, one phi per sample, not per batch")
     min_t: float = setting("method", 1e-3, "smallest noise level in training", low=1e-9, high=1)
     trajectory: str = setting("inner loop", "consistent", "states of the inner loop: consistent "
-        "(the paper), pre_only, anchor_only, inconsistent, or cover:K (an extension: K masks that "
+        "(the paper), pre_only, anchor_only, inconsistent, or cover:N (an extension: N masks that "
         "together cover everything)")
     inner_steps: int = setting("inner loop", 2, "K, the number of inner steps of consistent and "
         "inconsistent; pre_only takes K - 1", low=2, high=1000)
     inner_loss: str = setting("inner loop", "ce", "what an inner step minimises",
         ["ce", "kl", "reverse_kl", "hidden_mse", "hidden_cosine"])
     stage1_target: str = setting("inner loop", "clean", "where a stage before the anchor has its "
-        "loss: at every mask, or (Eq. 7 to the letter) at those that the next state reveals",
+        "loss: every mask, or those that the next state reveals (anchor_tokens, Eq. 7)",
         ["clean", "anchor_tokens"])
-    pre_scale: float = setting("inner loop", 1.5, "s_pre", low=1, high=1e9)
+    pre_scale: float = setting("inner loop", 1.5, "s_pre, pre-anchor/anchor masks", low=1, high=1e9)
     anchor_ratio: float = setting("inner loop", 0.2, "share of a prompt's tokens that is masked at "
-        "the anchor when adapting to it", low=0, high=1)
+        "the anchor when adapting to it; where inconsistent ends", low=0, high=1)
     inner_lr: float = setting("inner loop", 0.1, "eta, rate of the inner SGD", low=0, high=1e9)
-    clip: str = setting("inner loop", "local", "inner gradients are clipped each tensor by its own "
-        "norm, all by one norm, or not", ["local", "global", "none"])
-    clip_norm: float = setting("inner loop", 1.0, "... to this norm", low=1e-9, high=math.inf)
+    clip: str = setting("inner loop", "local", "clip inner gradients each by its own norm, all "
+        "by their joint norm, or not", ["local", "global", "none"])
+    clip_norm: float = setting("inner loop", 1.0, "the norm to clip to", low=1e-9, high=math.inf)
     layer_fraction: float = setting("inner loop", 0.10, "fast weights act on this last share of "
         "the layers, at least on one", low=1e-9, high=1)
-    scope: str = setting("inner loop", "ffn", "on which of their matrices", ["ffn", "ffn+attn"])
+    scope: str = setting("inner loop", "ffn", "matrices phi acts on", ["ffn", "ffn+attn"])
     adapter: str = setting("inner loop", "lora", "phi is low-rank or a full matrix",
         ["lora", "full"])
     rank: int = setting("inner loop", 32, "r, rank of phi", low=1, high=1 << 20)
@@ -131,8 +131,8 @@ class MemDLM(nn.Module):
 
         The record has the loss and `ce`, mean nats per masked token, as trained: with memory if
         there is one. With report=True, `loss_without` and `ce_without` are theta's alone.
-        Differs: the published code reports only the loss with memory. That phi has seen the
-        answers at these very positions, so it does not compare with the baseline. Ours has both.
+        Differs: the published code reports only the loss with memory. phi has seen these very
+        answers, so that loss does not compare with the baseline's. Ours has both.
         """
         # Eq. 1, with t ~ U(min_t, 1).
         t = self.s.min_t + (1 - self.s.min_t) * uniform(batch.seeds, "t", 1)[:, 0]
@@ -154,16 +154,16 @@ class MemDLM(nn.Module):
 @dataclass(frozen=True)
 class Batch:
     """One training batch, on the CPU. Samples are padded on the right."""
-    x0: torch.Tensor            # [B, L] prompt and response; a closed book has the response alone
+    x0: torch.Tensor            # [B, L] prompt and response; with closed_book, the response alone
     maskable: torch.Tensor      # [B, L] bool; never padding, which the published code trains on
     valid: torch.Tensor         # [B, L] bool
     seeds: list                 # B entries: all that is random about a sample follows from its own
-    prompt: torch.Tensor        # [B, P] what a memory of the prompt is written from
+    prompt: torch.Tensor        # [B, P] the prompt, for memory_from="prompt" and `adapt`
     prompt_valid: torch.Tensor  # [B, P] bool
 
 
 class Backbone(Protocol):
-    """What this file asks of a model. `num_layers`, `vocab_size` and `mask_id` are its numbers."""
+    """What this file asks of a model, an nn.Module with num_layers, vocab_size and mask_id."""
 
     def embed(self, ids):
         """[B, L] -> [B, L, D]."""
@@ -171,15 +171,15 @@ class Backbone(Protocol):
     def blocks(self, h, valid, start, stop, need=None):
         """Run layers start..stop-1 (stop=None: to the end) on h [B, L, D]; padding is not seen.
 
-        Only the positions `need` [B, L] of the result are read (None: all). Activations may be
-        recomputed in the backward pass below a given `stop` only: phi acts above and is gone then.
+        Only the positions `need` [B, L] of the result are read (None: all). Checkpointing is
+        allowed only if a `stop` is given: the layers above carry phi, gone in the backward pass.
         """
 
     def per_row(self, f, h, *rest):
         """f(head, h, *rest), where head: [n, D] -> [n, V] is the final norm and unembedding.
 
-        Rows of h [N, D] and of the tensors in `rest` (or None) belong together, and f returns one
-        tensor [N, ...] or several. So a large vocabulary may take a few rows at a time.
+        Row i of h [N, D] goes with row i of each tensor in `rest` (or None). So f may run on a few
+        rows at a time if the vocabulary is large. It returns one tensor [N, ...] or several.
         """
 
     def matrices(self, first, scope):
@@ -211,7 +211,7 @@ def uniform(seeds, purpose, *shape, dtype=torch.float32):
     """Numbers in [0, 1), [B, *shape]. Those of sample b depend on seeds[b] and `purpose` alone.
 
     So a sample gets the same masks in any batch, on any device and any number of processes, in a
-    resumed run, and in the baseline: what the inner loop draws has other purposes.
+    resumed run, and in the baseline, since the inner loop draws for other purposes.
     """
     def draw(seed):
         generator = torch.Generator().manual_seed(crc32(f"{purpose} {seed}".encode()))
@@ -220,8 +220,8 @@ def uniform(seeds, purpose, *shape, dtype=torch.float32):
 
 
 def corrupt(x0, maskable, t, u, mask_id):
-    """Noise x0 at level t. x0, maskable, u [B, L], t [B] -> xt, masked [B, L], maybe no mask."""
-    # Eq. 1:  q(x_t^i | x_0^i) = (1 - t) [x_t^i = x_0^i] + t [x_t^i = m]
+    """Noise x0 at level t. x0, maskable, u [B, L], t [B] -> xt, masked [B, L]; maybe no mask."""
+    # Eq. 1:  q(x_t^i | x_0^i) = (1 - t) [x_t^i = x_0^i] + t [x_t^i = mask]
     masked = maskable & (u < t[:, None])
     return torch.where(masked, mask_id, x0), masked
 
@@ -233,7 +233,7 @@ class Stage(NamedTuple):
     x: torch.Tensor        # [B, L] its input
     targets: torch.Tensor  # [B, L] bool, positions of its loss
     weight: torch.Tensor   # [B] weight of a sample's loss
-    next_x: torch.Tensor   # [B, L] the next, more revealed state: what a teacher sees
+    next_x: torch.Tensor   # [B, L] the state after it, at last the clean text: what a teacher sees
 
 
 def rank_of(where, u):
@@ -252,28 +252,27 @@ def at_least_one(maskable, u, rate):
 def consistent(s, masked, maskable, t, seeds):
     """The paper's path: from the pre-anchor, through K - 2 states between, to the anchor (3.2).
 
-    Returns K + 1 masks [B, L], the most masked first. Each contains the next, so a walk down the
-    list only ever reveals tokens. The last is empty: the clean text. With K = 2:
+    A trajectory returns masks [B, L], one per stage and that of the state after the last; and the
+    ratios [B] that weight the stages, or None: each its own. Here are K + 1 masks. Each contains
+    the next, so a walk down the list only ever reveals tokens. With K = 2:
 
         x0           the cat sat on the mat
         pre-anchor   the  _   _  on the  _     3 masks = floor(1.5 * 2)
         anchor       the cat  _  on the  _     2 masks
         clean        the cat sat on the mat    0 masks
-
-    The second value, None, says that each stage is weighted by its own mask ratio.
     """
     # How many masks does the pre-anchor add to the anchor's m? 4.4 scales the noise level:
     #   t_pre = min(1, max(s_pre t, t))
     # Differs: the published code scales the share that came out masked, m / n, instead of the
     # level t that was drawn, and rounds down to whole masks. So do we, but without dividing by n:
-    # rounding in n * (m / n) could lose a mask. 1e-9 does the same for scales such as 1.15.
+    # rounding in n * (m / n) could lose a mask. So could 1.15 * m, hence the 1e-9.
     n, m = maskable.sum(1), masked.sum(1)
     extra = torch.minimum((s.pre_scale * m.double() + 1e-9).floor().long(), n) - m
     free = maskable & ~masked
     rank = rank_of(free, uniform(seeds, "pre-anchor", masked.shape[1]))
     masks = []
     for steps_left in range(s.inner_steps - 1, 0, -1):
-        masks.append(masked | free & (rank < extra[:, None]))
+        masks.append(masked | (free & (rank < extra[:, None])))
         extra = extra - -(-extra // steps_left)  # reveal ceil(what is left / steps left)
     return masks + [masked, torch.zeros_like(masked)], None
 
@@ -330,7 +329,7 @@ def inner_loop(backbone, s, path, x0, valid, lower, phi):
 def stage_loss(backbone, s, stage, x0, valid, lower, phi):
     """The loss of one stage under phi: one number for each phi, [G]."""
     targets = stage.targets
-    need = targets if targets.any() else None  # with nothing to learn, a gradient of zero
+    need = targets if targets.any() else None  # without targets: a gradient of zero, not none
     h = upper_layers(backbone, s, lower(stage.x), valid, phi, need)
     rows = [h[targets], x0[targets].to(h.device)]
     if s.inner_loss != "ce":  # self-distillation: the teacher sees the next state
@@ -341,7 +340,7 @@ def stage_loss(backbone, s, stage, x0, valid, lower, phi):
     loss = to_positions(backbone.per_row(INNER_LOSSES[s.inner_loss], *rows), targets).sum(1)  # [B]
     loss, count = stage.weight.to(h.device) * loss, targets.sum(1).to(h.device)
     # Differs: the published code also divides by |M|, the number of loss positions. So do we: of
-    # the batch where it shares phi, of each sample where it does not.
+    # the whole batch with one phi, of each sample with its own.
     if len(next(iter(phi.values()))[0]) == 1:  # G = 1
         loss, count = loss.sum(0, keepdim=True), count.sum(0, keepdim=True)
     return loss / count.clamp(min=1)
@@ -366,8 +365,8 @@ def sgd_step(s, phi, grads, loss):
 def write_from_response(backbone, s, batch, t, xt, masked, h):
     """The paper's training: the inner loop sees the anchor and the answers of the outer loss."""
     def lower(x):
-        # Stage 2 and the outer pass read the same anchor: h, its lower layers, is computed once
-        # and used twice. (A pre-anchor that could add no mask is the anchor too.)
+        # Stage 2 and the outer pass read the same anchor: h, what the lower layers make of it, is
+        # computed once and used twice. (A pre-anchor that could add no mask is the anchor too.)
         if torch.equal(x, xt):
             return h
         with torch.no_grad():
@@ -388,8 +387,8 @@ def fresh_phi(backbone, s, seeds):
     """phi_0 for len(seeds) samples: {name: (A, B)}, or {name: (delta,)} if full rank. Float32."""
     # Differs: the paper says phi_0 = 0. The published code has B = 0, so the product is zero all
     # the same, and draws A anew each time: Kaiming-uniform with a = sqrt(5), which is
-    # U(-1 / sqrt(in), 1 / sqrt(in)). So do we, from the sample's seed. While B = 0 the gradient
-    # of A is 0: the first step moves B alone.
+    # U(-1 / sqrt(in), 1 / sqrt(in)). So do we, from the seed: of the sample, or of
+    # the first that shares phi. While B = 0 the gradient of A is 0: the first step moves B alone.
     first, phi = first_fast_layer(backbone.num_layers, s.layer_fraction), {}
     for name, matrix in backbone.matrices(first, s.scope).items():
         out, width, device = matrix.out_features, matrix.in_features, matrix.weight.device
@@ -405,7 +404,7 @@ def fresh_phi(backbone, s, seeds):
 
 @contextmanager
 def fast_weights(backbone, s, phi):
-    """Inside `with fast_weights(...)` each matrix computes W x + (alpha / r) B A x.
+    """Inside `with fast_weights(...)` a matrix computes W x + (alpha / r) B A x, or W x + delta x.
 
     Hooks: nothing in the model is replaced, saved or seen by an optimiser, and no exception can
     leave a trace. A zero product leaves every output as it is, bit for bit; phi=None does, too.
@@ -423,7 +422,7 @@ def fast_weights(backbone, s, phi):
     try:
         for name, pair in (phi or {}).items():
             handles.append(matrices[name].register_forward_hook(hook_for(pair)))
-            matrices[name].fast = pair, scale  # for experts multiplied all at once, never called
+            matrices[name].fast = pair, scale  # experts in one product, never called, read this
         yield
     finally:
         for handle in handles:
@@ -456,7 +455,7 @@ def per_sample_product(product, module, x, tensors):
 # ---- 7. Losses ----------------------------------------------------------------------------------
 
 def to_positions(values, where):
-    """Values [N] back to their N positions in [B, L], zero elsewhere; sums read as in the paper."""
+    """Values [N] back to their N positions in [B, L], zero elsewhere, for sums as in the paper."""
     out = torch.zeros(where.shape, dtype=values.dtype, device=values.device)
     out[where] = values
     return out
@@ -474,8 +473,8 @@ def token_nll(backbone, h, x0, where):
 
 
 def mdlm_loss(nll, t, maskable):
-    """The outer objective of both. nll [B, L], zero where nothing is masked; t [B] -> scalar."""
-    # Eq. 2 / 9:  L = E[ omega(t) sum_{i in M_t} -log p(x_0^i | x_t) ],  omega(t) = 1 / t
+    """The outer objective. nll [B, L], zero where nothing is masked; t [B] -> scalar."""
+    # Eq. 2, 9:  L = E[ omega(t) sum_{i in M_t} -log p(x_0^i | x_t) ],  omega(t) = 1 / t
     # Differs: the published code divides by t + 1e-6, ours by t. Like it, we divide the sum by the
     # number of maskable tokens in the batch.
     return (nll.sum(1) / t.to(nll.device)).sum() / maskable.sum().clamp(min=1)
@@ -526,20 +525,20 @@ def denoise(backbone, s, x, fill, valid, seeds, phi=None, steps=None, block_leng
         step 1           owl jade fox  _      jade .98, ruby .91: the surer one is committed
         step 2           owl jade fox ruby    the model looks again, with jade in sight
 
-    What is not committed is masked again for the next step: LLaDA's low-confidence remasking.
+    What is not committed stays masked and is predicted anew: LLaDA's low-confidence remasking.
     x, fill, valid, the canvas: [B, L]. phi: one per sample, written with the same settings s.
-    block_length: gaps are filled in blocks of that many, left to right; None: in one block.
-    steps: about this many forward passes, shared evenly by the blocks (at least one each, a
-    remainder is dropped, guidance doubles them); None: one gap at a time.
+    block_length: gaps (not positions) per block, filled left to right; None: one block.
+    steps: forward passes in all, split evenly over the blocks: rounded down, at least one each;
+    guidance doubles them. None: one gap per pass.
     temperature: 0 takes the best token, more samples from softmax(logits / temperature).
     cfg_scale: classifier-free guidance, away from what the model says without what was given.
     remasking: "low_confidence", or "random", which commits anywhere.
     """
     x, open_, given = torch.where(fill, backbone.mask_id, x), fill.clone(), valid & ~fill
-    longest = max(1, int(fill.sum(1).max()))
-    block_length = min(block_length or longest, longest)
-    blocks = math.ceil(longest / block_length)
-    per_block = max(1, steps // blocks) if steps else block_length
+    most = max(1, int(fill.sum(1).max()))  # gaps of a sample
+    block_length = min(block_length or most, most)
+    blocks = math.ceil(most / block_length)
+    steps_per_block = max(1, steps // blocks) if steps else block_length
     number = torch.where(fill, fill.cumsum(1) - 1, -1)  # [B, L]: gaps 0, 1, 2, ... of each sample
 
     def hidden(x, where):
@@ -548,17 +547,17 @@ def denoise(backbone, s, x, fill, valid, seeds, phi=None, steps=None, block_leng
         return upper_layers(backbone, s, h, valid, phi, where)[where]
 
     for block in range(blocks):
-        window = (number // block_length == block) & fill
+        window = number // block_length == block
         size = window.sum(1)
-        for k in range(per_block):
-            take, where = quota(size, per_block, k), window & open_
+        for k in range(steps_per_block):
+            take, where = quota(size, steps_per_block, k), window & open_
             if not take.any():
                 continue
             tag, h, blind, noise = f"{block} {k}", hidden(x, where), None, None
             if cfg_scale:
                 blind = hidden(torch.where(given, backbone.mask_id, x), where)
             if temperature > 0:
-                noise = gumbel_noise(backbone, seeds, tag, where)
+                noise = sampling_noise(backbone, seeds, tag, where)
             tokens, confidence = pick_tokens(backbone, h, blind, cfg_scale, temperature, noise)
             if remasking == "random":
                 confidence = uniform(seeds, f"remask {tag}", x.shape[1])[where].double()
@@ -575,7 +574,7 @@ def quota(n, steps, k):
 
 
 def pick_tokens(backbone, h, blind=None, cfg_scale=0.0, temperature=0.0, noise=None):
-    """A token for each hidden state, and its probability. h [N, D] -> [N], [N], on the CPU.
+    """A token for each hidden state, and its probability at temperature 1. h [N, D] -> [N], [N].
 
     blind [N, D]: hidden states of the model that did not see what was given, for guidance. noise
     [N, V] in [0, 1), for a temperature. The mask token is never picked.
@@ -592,7 +591,7 @@ def pick_tokens(backbone, h, blind=None, cfg_scale=0.0, temperature=0.0, noise=N
             best = logits + temperature * gumbel
         token = best.argmax(-1)
         # p = 1 / (1 + sum_{v not the token} exp(logit_v - logit_token)). The last step is in
-        # float64, for near 1 less than 1e-7 decides which token is surer.
+        # float64, since near 1 a difference below 1e-7 decides which token is surer.
         others = (logits - logits.gather(1, token[:, None])).exp()
         others = others.scatter(1, token[:, None], 0.0).sum(-1)
         return token, 1 / (1 + others.double())
@@ -601,8 +600,8 @@ def pick_tokens(backbone, h, blind=None, cfg_scale=0.0, temperature=0.0, noise=N
     return tokens.cpu(), probability.cpu()
 
 
-def gumbel_noise(backbone, seeds, tag, where):
-    """Uniform numbers [N, V] for `pick_tokens`, in float64: the largest of 157k is not rounded."""
+def sampling_noise(backbone, seeds, tag, where):
+    """Uniform numbers [N, V] for `pick_tokens`. In float64: the largest of 157k decides."""
     V = backbone.vocab_size
     return torch.cat([uniform([seed], f"gumbel {tag}", n, V, dtype=torch.float64)[0]
                       for seed, n in zip(seeds, where.sum(1).tolist())])
@@ -612,7 +611,7 @@ def gumbel_noise(backbone, seeds, tag, where):
 
 @torch.no_grad()
 def response_nll(backbone, s, x0, masked, valid, phi=None, x=None):
-    """-log p(x0_i | x) [B, L] at the masked positions; x is x0 with these masks unless given."""
+    """-log p(x0_i | x) [B, L] at the masked positions. x: the text to mask, x0 unless given."""
     x = torch.where(masked, backbone.mask_id, x0 if x is None else x)
     top = upper_layers(backbone, s, lower_layers(backbone, s, x, valid), valid, phi, masked)
     return token_nll(backbone, top, x0, masked).cpu()
@@ -620,7 +619,7 @@ def response_nll(backbone, s, x0, masked, valid, phi=None, x=None):
 
 @torch.no_grad()
 def exposure_bias(backbone, s, x0, maskable, valid, seeds, ratios, phi=None):
-    """Losses along the denoising path, each [len(ratios), B], in mean nats per masked token.
+    """Losses along the denoising path, [len(ratios), B], mean nats per masked token; ratios fall.
 
     static (Eq. 3): a random share `ratio` of the response is masked, the rest is true text. The
     masks are the same for every model.
@@ -628,13 +627,13 @@ def exposure_bias(backbone, s, x0, maskable, valid, seeds, ratios, phi=None):
     guesses until `ratio` of it is left, one forward pass per ratio. The loss is at what is left.
     Differs: the paper reports sequential / static only. Ours adds `matched`: true text, masked
     where the sequential path is. The model leaves the hard tokens for last, which raises its
-    sequential loss too; `matched` shares that, and sequential / matched is its errors alone.
+    sequential loss too; `matched` shares that, so sequential / matched shows its errors alone.
     """
     n = maskable.sum(1)
     static_rank = rank_of(maskable, uniform(seeds, "static", x0.shape[1]))
     x, open_ = torch.where(maskable, backbone.mask_id, x0), maskable.clone()
     curves = {"static": [], "sequential": [], "matched": []}
-    for ratio in ratios:  # falling
+    for ratio in ratios:
         left = (ratio * n.double() + 1e-6).floor().long().clamp(min=1)  # masks at this ratio
         if (open_.sum(1) > left).any():
             h = upper_layers(backbone, s, lower_layers(backbone, s, x, valid), valid, phi, open_)
@@ -645,7 +644,7 @@ def exposure_bias(backbone, s, x0, maskable, valid, seeds, ratios, phi=None):
             open_ = open_ & ~commit
         static = maskable & (static_rank < left[:, None])
         # Eq. 3:  L_static = E[ -log p(x_0 | x_t) ], with x_t from the true text
-        # Eq. 4:  L_seq = E[ -log p(x_0 | x^_t) ], with x^_t from the model's own guesses
+        # Eq. 4:  L_seq = E[ -log p(x_0 | x'_t) ], with x'_t from the model's own guesses
         for name, masked, canvas in (("static", static, x0), ("sequential", open_, x),
                                      ("matched", open_, x0)):
             nll = response_nll(backbone, s, x0, masked, valid, phi, canvas)
@@ -664,7 +663,7 @@ WRITE_FROM = {"response": write_from_response, "prompt": write_from_prompt}
 
 
 def clip_factors(s, norms):
-    """What each gradient is multiplied by. Its norm, and the result: [tensors, G]."""
+    """The factor of each gradient, from its norm. Both are [tensors, G]."""
     # Differs: the paper (4.4) speaks of normalisation. The published code scales each tensor's
     # gradient down to the threshold where it is longer, and never up. So do we.
     if s.clip == "none":
@@ -696,7 +695,7 @@ def inconsistent(s, masked, maskable, t, seeds):
 
 
 def cover(s, masked, maskable, t, seeds):
-    """Extension: K disjoint masks that cover all; the paper's two leave 70 % without a loss."""
+    """Extension: N disjoint masks cover all; the paper's two leave 70 % of a prompt without."""
     parts = int(s.trajectory.partition(":")[2])
     rank = rank_of(maskable, uniform(seeds, "cover", masked.shape[1]))
     part = rank * parts // maskable.sum(1, keepdim=True).clamp(min=1)
@@ -704,6 +703,7 @@ def cover(s, masked, maskable, t, seeds):
     return masks + [torch.zeros_like(masked)], None
 
 
+# `cover` is last: its ":N" ends the error text of check_settings.
 TRAJECTORIES = {f.__name__: f for f in (consistent, pre_only, anchor_only, inconsistent, cover)}
 
 
@@ -713,7 +713,7 @@ TRAJECTORIES = {f.__name__: f for f in (consistent, pre_only, anchor_only, incon
 def log_probabilities(head, student, teacher):
     with torch.no_grad():
         log_p = head(teacher).float().log_softmax(-1)
-    return log_p, head(student).float().log_softmax(-1)
+    return log_p, head(student).float().log_softmax(-1)  # the teacher's, the student's
 
 
 def kl(head, student, target, teacher):
@@ -747,13 +747,14 @@ def full_rank(x, delta):
 def check_settings(s):
     """ValueError, one line, where a setting is outside its choices or limits."""
     for f in fields(s):
-        value, (_, _, choices, low, high) = getattr(s, f.name), f.metadata.values()
+        value = getattr(s, f.name)
+        choices, low, high = (f.metadata[key] for key in ("choices", "low", "high"))
         if choices and value not in choices:
             raise ValueError(f"{f.name} is {value!r}; it must be one of {', '.join(choices)}")
         if low is not None and not low <= value <= high:
             raise ValueError(f"{f.name} is {value}; it must lie between {low:g} and {high:g}")
     kind, colon, parts = s.trajectory.partition(":")
-    parts_fit = parts.isdecimal() and int(parts) > 0 if kind == "cover" else not colon
+    parts_fit = (parts.isdecimal() and int(parts) > 0) if kind == "cover" else not colon
     if kind not in TRAJECTORIES or not parts_fit:
         raise ValueError(f"trajectory is {s.trajectory!r}; it must be one of "
-                         f"{', '.join(TRAJECTORIES)}:K with K of 1 or more (cover:4)")
+                         f"{', '.join(TRAJECTORIES)}:N with N of 1 or more (cover:4)")
