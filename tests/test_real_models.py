@@ -1,6 +1,6 @@
-"""Full models as a user meets them:
+"""Real models as a user meets them: trained, resumed, on several processes, asked.
 
-trained, stopped, resumed, spread over processes, asked. All on tiny checkpoints.
+All on tiny checkpoints.
 """
 import json
 from dataclasses import replace
@@ -25,7 +25,6 @@ import runs as runs_module
 from backbones.lora import save_adapter
 from backbones.plan import plan_text
 from backbones.text import ChatData, chat_turns
-from backbones.tiny import write_tiny
 from data import find_data_file
 from files import write_whole
 from runs import build
@@ -43,16 +42,13 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    for name in TINY:
-        write_tiny(name, root / name)
-    return root
+@pytest.fixture
+def models(tiny_models):
+    return tiny_models
 
 
 @pytest.fixture
-def here(tmp_path, tiny):
+def here(tmp_path, models):
     """A folder with pairs to train on."""
     lines = [{"prompt": f"What comes after {i}?", "response": f"It is {i + 1}" + "!" * (i % 5)}
              for i in range(24)]
@@ -61,8 +57,8 @@ def here(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("name", list(TINY))
-def test_a_full_model_is_trained_saved_reloaded_and_adapted(cli, here, tiny, name):
-    code, out, err = cli(train, "--model", tiny / name, "--load-4bit", *SMALL)
+def test_a_real_model_is_trained_saved_reloaded_and_adapted(cli, here, models, name):
+    code, out, err = cli(train, "--model", models / name, "--load-4bit", *SMALL)
     folder = here / "runs" / f"{name}-pairs"
     assert code == 0, err
     for text in ("memory planned:", "layers in 4-bit", "with LoRA",
@@ -91,10 +87,10 @@ def test_a_full_model_is_trained_saved_reloaded_and_adapted(cli, here, tiny, nam
     assert code == 0 and out.count("with memory of the prompt:") == 2 and out.count(
         "without memory:") == 2
     # ... and from its adapter on the checkpoint, beside the weights: the same.
-    code, live, _ = cli(generate, "--model", tiny / name, "--load-4bit", "--from-adapter",
+    code, live, _ = cli(generate, "--model", models / name, "--load-4bit", "--from-adapter",
                         folder / "adapter", "--rank", "4", "--alpha", "8", *ask)
     assert code == 0 and live.splitlines()[1:] == out.splitlines()[1:]
-    assert cli(generate, "--model", tiny / name, "--from-adapter", folder / "adapter", "--merge",
+    assert cli(generate, "--model", models / name, "--from-adapter", folder / "adapter", "--merge",
                *ask)[0] == 0
     code, out, _ = cli(evaluate, folder, "--samples", "2")
     assert code == 0 and "another prompt" in out
@@ -103,9 +99,9 @@ def test_a_full_model_is_trained_saved_reloaded_and_adapted(cli, here, tiny, nam
 @pytest.mark.parametrize("flags", [[], ["--optimizer", "adamw8bit", "--load-4bit"],
                                    ["--lora-dtype", "bfloat16", "--optimizer", "adamw8bit"],
                                    ["--no-lora"], ["--no-memory", "--load-4bit"]], ids=" ".join)
-def test_a_resumed_run_equals_an_uninterrupted_one(cli, here, tiny, monkeypatch, flags):
+def test_a_resumed_run_equals_an_uninterrupted_one(cli, here, models, monkeypatch, flags):
     """With dropout, two micro-batches a step, and the optimisers of torch and bitsandbytes."""
-    flags = ["--model", tiny / "llada-moe", *SMALL, "--sample-every", "0", *flags]
+    flags = ["--model", models / "llada-moe", *SMALL, "--sample-every", "0", *flags]
     assert cli(train, *flags, "--out", "whole")[0] == 0
     with monkeypatch.context() as patch:
         # Two steps, and the held-out line of the second.
@@ -119,13 +115,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cli, here, tiny, monkeypatch,
     assert any("state1" in k for k in a) == ("adamw8bit" in flags)
 
 
-def test_accumulation_is_a_larger_batch(cli, here, tiny):
+def test_accumulation_is_a_larger_batch(cli, here, models):
     """Four samples at once, or in four micro-batches:
 
     the same losses and, nearly, the same weights.
     """
     flags = [
-        "--model", tiny / "llada-moe", *SMALL, "--per-sample", "--lora-dropout", "0",
+        "--model", models / "llada-moe", *SMALL, "--per-sample", "--lora-dropout", "0",
         "--sample-every", "0", "--eval-every", "0"
     ]
     for out, batch, accumulate in (("a", 4, 1), ("b", 1, 4), ("c", 2, 2)):
@@ -160,8 +156,9 @@ for p in made[-1].parameters():
 
 
 @pytest.mark.parametrize("save", [1, 2])
-def test_adapter_and_checkpoint_agree_after_a_kill_between_them(cli, here, tiny, monkeypatch, save):
-    flags = ["--model", tiny / "llada-moe", *SMALL, "--sample-every", "0", "--eval-every", "0"]
+def test_adapter_and_checkpoint_agree_after_a_kill_between_them(cli, here, models, monkeypatch,
+                                                                save):
+    flags = ["--model", models / "llada-moe", *SMALL, "--sample-every", "0", "--eval-every", "0"]
     assert cli(train, *flags, "--out", "whole")[0] == 0
     written = []
 
@@ -185,8 +182,8 @@ def test_adapter_and_checkpoint_agree_after_a_kill_between_them(cli, here, tiny,
         assert all(torch.equal(whole[key], resumed[key]) for key in whole | resumed), name
 
 
-def test_a_run_on_other_base_weights_is_refused(cli, here, tiny):
-    shutil.copytree(tiny / "llada-moe", here / "m")
+def test_a_run_on_other_base_weights_is_refused(cli, here, models):
+    shutil.copytree(models / "llada-moe", here / "m")
     assert cli(train, "--model", "m", *SMALL, "--sample-every", "0", "--out", "r")[0] == 0
     for path in (here / "m").glob("*.safetensors"):
         save_file({key: p + 0.01 for key, p in load_file(path).items()}, path, {"format": "pt"})
@@ -196,11 +193,12 @@ def test_a_run_on_other_base_weights_is_refused(cli, here, tiny):
 
 @pytest.mark.parametrize("more", [[], ["--lora-dtype", "bfloat16", "--optimizer", "adamw8bit"]],
                          ids=" ".join)
-def test_two_processes_are_one_process_with_twice_the_batch(cli, here, tiny, more):
+def test_two_processes_are_one_process_with_twice_the_batch(cli, here, models, more):
     """Under accelerate launch, each process with its share of every step; gradients are
     exchanged once. Rounding at random is the same on both."""
     flags = [
-        "--model", tiny / "llada-moe", "--load-4bit", *SMALL, "--per-sample", "--lora-dropout", "0",
+        "--model", models / "llada-moe", "--load-4bit", *SMALL, "--per-sample",
+        "--lora-dropout", "0",
         "--sample-every", "0", *more
     ]
     assert cli(train, *map(str, flags), "--batch", "2", "--out", "one")[0] == 0
@@ -238,8 +236,8 @@ def test_rounding_is_alike_on_all_processes():
     assert runs[0][0] != runs[1][0] and runs[0][1] == runs[1][1]
 
 
-def test_the_masks_of_a_sample_do_not_depend_on_how_a_step_is_cut(here, tiny):
-    s = Settings(model=str(tiny / "llada-moe"), batch=4)
+def test_the_masks_of_a_sample_do_not_depend_on_how_a_step_is_cut(here, models):
+    s = Settings(model=str(models / "llada-moe"), batch=4)
     backbone = load_backbone(s.model)
     records = [
         chat_turns(json.loads(line)) for line in (here / "pairs.jsonl").read_text().splitlines()
@@ -259,10 +257,10 @@ def test_warm_up_never_exceeds_the_learning_rate():
         assert max(rates) <= 1 and rates[0] > 0
 
 
-def test_epochs_set_the_number_of_steps(cli, here, tiny):
+def test_epochs_set_the_number_of_steps(cli, here, models):
     flags = [x for x in SMALL if x not in ("--steps",)]
     flags.remove("4")
-    code, out, _ = cli(train, "--model", tiny / "llada-8b", *flags, "--epochs", "0.25",
+    code, out, _ = cli(train, "--model", models / "llada-8b", *flags, "--epochs", "0.25",
                        "--sample-every", "0", "--out", "r")
     assert code == 0 and "3 steps of 2 samples" in out  # a quarter of 23 samples, two a step
     assert "--epochs needs a data set with an end" in refused(
@@ -357,10 +355,10 @@ def test_the_middle_sized_steps_cost_what_they_may():
          "--from-adapter", "x"
      ], "cannot be trained"), (["--load-4bit"], "for real models"), (["--plan"], "for real models"),
      (["--model", "empty"], "config.json is missing"), ])
-def test_train_refuses(cli, here, tiny, flags, says):
+def test_train_refuses(cli, here, models, flags, says):
     (here / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
     (here / "empty").mkdir()
-    line = refused(cli(train, *[str(tiny / "llada-moe") if f == "TINY" else f for f in flags]))
+    line = refused(cli(train, *[str(models / "llada-moe") if f == "TINY" else f for f in flags]))
     assert says in line
 
 
@@ -371,35 +369,34 @@ def test_train_refuses(cli, here, tiny, flags, says):
                           (["--prompt", "a", "--question", "b"], "--question is for the toy"),
                           (["--prompt", "a", "--mode", "speed"], "--mode is not for this model"),
                           (["--prompt", "a", "--threshold", "0.5"], "--threshold is not"), ])
-def test_generate_refuses(cli, tiny, flags, says):
-    assert says in refused(cli(generate, "--model", tiny / "llada-moe", *flags))
+def test_generate_refuses(cli, models, flags, says):
+    assert says in refused(cli(generate, "--model", models / "llada-moe", *flags))
 
 
-def test_flags_of_the_wrong_decoder_are_refused_for_llada2_too(cli, tiny):
-    line = refused(
-        cli(generate, "--model", tiny / "llada2.1-mini", "--prompt", "a", "--remasking", "random"))
+def test_flags_of_the_wrong_decoder_are_refused_for_llada2_too(cli, models):
+    flags = ["--model", models / "llada2.1-mini", "--prompt", "a"]
+    line = refused(cli(generate, *flags, "--remasking", "random"))
     assert "--remasking is not for this model, whose decoder is block diffusion" in line
     for mode in ("speed", "quality"):
-        assert cli(generate, "--model", tiny / "llada2.1-mini", "--prompt", "a", "--mode", mode,
-                   "--length", "20", "--adapt")[0] == 0
+        assert cli(generate, *flags, "--mode", mode, "--length", "20", "--adapt")[0] == 0
 
 
-def test_a_run_whose_model_is_gone_says_so(cli, here, tiny):
-    shutil.copytree(tiny / "llada-8b", here / "model")
+def test_a_run_whose_model_is_gone_says_so(cli, here, models):
+    shutil.copytree(models / "llada-8b", here / "model")
     cli(train, "--model", "model", *SMALL, "--out", "r")
     shutil.rmtree(here / "model")
     assert "no model 'model' here" in refused(cli(generate, "--run", "r", "--prompt", "a"))
 
 
-def test_output_ends_at_the_end_of_turn(tiny, monkeypatch):
-    s = Settings(model=str(tiny / "llada-moe"), lora=False)
+def test_output_ends_at_the_end_of_turn(models, monkeypatch):
+    s = Settings(model=str(models / "llada-moe"), lora=False)
     data, model = build(s, training=False, say=lambda text: None)
     sample = data.ask("a", length=6)
     stop, letters = data.tokenizer.stop_ids, data.tokenizer.encode("abcdef")
     assert len(stop) == 2
     for cut in (*stop, None):
         wanted = torch.tensor([letters[:3] + ([cut] if cut else letters[3:4]) + letters[4:]])
-        monkeypatch.setattr(memdlm, "denoise",
+        monkeypatch.setattr(model.backbone, "decoder",
                             lambda b, s, x, fill, *a, **k: iter([x.masked_scatter(fill, wanted)]))
         text = generate.answer(s, data, model, [sample], False, 0)[0].text
         assert text == ("abc" if cut else "abcdef")
@@ -415,7 +412,7 @@ def test_a_data_set_of_the_hub_is_the_one_json_file_in_it(tmp_path, monkeypatch)
     path = find_data_file("Yukang/LongAlpaca-12k")
     assert asked == [("Yukang/LongAlpaca-12k", "dataset")
                      ] and Path(path).name == "LongAlpaca-12k.json"
-    from toy.text import read_records
+    from data import read_records
     assert read_records(path, chat_turns) == ([[{"role": "user", "content": "a"},
                                                 {"role": "assistant", "content": "b"}]], 0)
     (tmp_path / "more.jsonl").write_text("")
