@@ -272,16 +272,6 @@ def test_facts_are_scattered_over_the_whole_prompt():
     assert len(set(ends)) > 5
 
 
-def test_score_counts_answers_only():
-    sample = tasks.Sample([9], [SEP, 10, 11, 12, 13], [False, True, False, True, True])
-    assert tasks.score(sample, [99, 10, 99, 12, 13]) == 1.0
-    assert tasks.exact(sample, [99, 10, 99, 12, 13])
-    assert tasks.score(sample, [SEP, 10, 11, 12, 99]) == pytest.approx(2 / 3)
-    assert not tasks.exact(sample, [SEP, 10, 11, 12, 99])
-    with pytest.raises(ValueError, match="3 tokens"):
-        tasks.score(sample, [10, 12, 13])
-
-
 def shapes(name, progress):
     """The (prompt length, times the first key is stated) that a curriculum draws."""
     rng = random.Random(0)

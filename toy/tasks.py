@@ -165,22 +165,6 @@ def location(rng, length):
     return _ask(prompt, f"where is {person}", [dict(moves)[person]])
 
 
-def score(sample, predicted_rest):
-    """Share of the answer tokens that `predicted_rest` (ids, as long as sample.rest) has right."""
-    if len(predicted_rest) != len(sample.rest):
-        raise ValueError(
-            f"the prediction has {len(predicted_rest)} tokens but the sample's rest has "
-            f"{len(sample.rest)}: pass the visible tokens too"
-        )
-    right = [p == r for p, r, a in zip(predicted_rest, sample.rest, sample.answer) if a]
-    return sum(right) / len(right)
-
-
-def exact(sample, predicted_rest):
-    """Whether all the answer tokens are right."""
-    return score(sample, predicted_rest) == 1.0
-
-
 TASKS = {
     task.__name__: task
     for task in (dictionary, languages, prose, multivalue, tracking, commonwords, location)

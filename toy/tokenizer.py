@@ -6,7 +6,7 @@ which tokenizer it works with.
 
 from data import PAD
 
-MASK, EOS, SEP = 1, 2, 3
+MASK, EOS, SEP = PAD + 1, PAD + 2, PAD + 3
 SPECIALS = ("<pad>", "<mask>", "<eos>", "<sep>")
 
 # No word may stand in two of the groups below: the tasks (and their tests) tell a key from a
@@ -49,7 +49,7 @@ FILLER_WORDS = tuple(dict.fromkeys(" ".join(FILLER).split()))
 class Words:
     """One token per word of a small fixed vocabulary (`words`, specials first)."""
 
-    pad_id, mask_id, eos_id, sep_id = PAD, MASK, EOS, SEP
+    mask_id, eos_id = MASK, EOS
     stop_ids = (EOS,)  # what ends a reply
 
     def __init__(self):
@@ -89,7 +89,7 @@ class Bytes:
     Byte b is id 4 + b. So no text, not even a literal "<mask>", can produce a special id.
     """
 
-    pad_id, mask_id, eos_id, sep_id = PAD, MASK, EOS, SEP
+    mask_id, eos_id = MASK, EOS
     stop_ids = (EOS,)  # what ends a reply
     vocab_size = len(SPECIALS) + 256
 
