@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import memdlm
-from files import write_whole
+from files import write_json
 from runs import open_run, read_settings
 from settings import Settings, control_settings
 
@@ -273,7 +273,7 @@ def print_comparison(folders, samples=100, changes=None, save_to=None, picture=N
     data, experiments = compare_runs(folders, samples, changes)
     print(f"\n{format_table(data, experiments)}\n\n{state_findings(data, experiments)}\n")
     if save_to:
-        save_numbers(Path(save_to), data, experiments, samples)
+        save_numbers(save_to, data, experiments, samples)
         print(f"numbers in {save_to}")
     if picture:
         draw_comparison(data, experiments, picture)
@@ -366,7 +366,7 @@ def save_numbers(path, data, experiments, samples):
                        "rows": rows})
     whole = {"data": data.kind, "metric": data.metric, "samples": samples,
              "torch": torch.__version__, "groups": groups}
-    write_whole(path, lambda aside: aside.write_text(json.dumps(whole, indent=1) + "\n"))
+    write_json(path, whole, indent=1)
 
 
 # ---- Findings -----------------------------------------------------------------------------------
@@ -564,7 +564,7 @@ def draw_bars(ax, data, experiment):
     width = 0.8 / len(labels)
     for i, label in enumerate(labels):
         means, errors = zip(*compute_cells(data, experiment, label))
-        shift = (i - (len(labels) - 1) / 2) * 0.8 / len(labels)
+        shift = (i - (len(labels) - 1) / 2) * width
         ax.bar([column + shift for column in range(len(means))], means, width, yerr=errors,
                label=label, color=bar_color(experiment.s.memory, label),
                alpha=1 if label in experiment.roles.values() else 0.45,

@@ -48,6 +48,16 @@ class Sample(NamedTuple):
     answer: list[bool]  # which tokens of `rest` are answer: noised in training, then decoded
 
 
+class Source:
+    """What the data of toy and real models share."""
+
+    def tests(self, column, numbers, closed_book, name="test"):
+        """The held-out samples with these numbers as one batch."""
+        samples = [self.test(column, name, number) for number in numbers]
+        seeds = [f"{name} {column} {number}" for number in numbers]
+        return collate(samples, seeds, closed_book)
+
+
 # ---- Batches ------------------------------------------------------------------------------------
 
 def collate(samples, seeds, closed_book):

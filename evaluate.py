@@ -21,7 +21,7 @@ from pathlib import Path
 
 from backbones.block_diffusion import MODES
 from runs import latest_run, read_settings
-from settings import Parser, add_flags, names_of, one_line
+from settings import CHANGEABLE, Parser, add_flags, names_of, one_line
 
 
 # ---- compare ------------------------------------------------------------------------------------
@@ -200,8 +200,7 @@ def main():
     parser = Parser(prog=f"evaluate.py {command}", description=inspect.getdoc(run))
     add_command_flags(parser)
     arguments = parser.parse_intermixed_args(words)
-    settings = names_of("inner loop", "loading") + ["closed_book"]
-    changes = {name: value for name, value in vars(arguments).items() if name in settings}
+    changes = {name: value for name, value in vars(arguments).items() if name in CHANGEABLE}
     with one_line():
         check_arguments(arguments)
         run(arguments, changes)

@@ -35,6 +35,16 @@ def write_whole(path, write):
         raise
 
 
+def write_text(path, text):
+    """Write a text file, whole."""
+    write_whole(Path(path), lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_json(path, values, indent=None):
+    """Write a JSON file, whole."""
+    write_text(path, json.dumps(values, indent=indent) + "\n")
+
+
 def file_checksum(path):
     """CRC-32 of a file, as 8 hexadecimal digits."""
     return f"{crc32(Path(path).read_bytes()):08x}"

@@ -28,11 +28,7 @@ from backbones.block_diffusion import MODES
 from data import collate
 from pages import make_panel, write_animation, write_page
 from runs import open_model
-from settings import Parser, add_flags, names_of, one_line
-
-# The settings that the command line can change in a trained run.
-CHANGEABLE = names_of("inner loop", "loading") + ["closed_book"]
-
+from settings import CHANGEABLE, Parser, add_flags, one_line
 
 # ---- Answering ----------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class Settings:
     per_sample: bool = setting("method", False, "in training, one phi per sample, not per batch")
     min_t: float = setting("method", 1e-3, "smallest noise level in training", low=1e-9, high=1)
     trajectory: str = setting("inner loop", "consistent", "states of the inner loop: consistent "
-        "(the paper), pre_only, anchor_only, inconsistent, or cover:N (an extension: N masks that "
+        "(the paper), pre_only, anchor_only, inconsistent, or cover:K (an extension: K masks that "
         "together cover everything)")
     inner_steps: int = setting("inner loop", 2, "K, the number of inner steps of consistent and "
         "inconsistent; pre_only takes K - 1", low=2, high=1000)
@@ -695,7 +695,7 @@ def inconsistent(s, masked, maskable, t, seeds):
 
 
 def cover(s, masked, maskable, t, seeds):
-    """Extension: N disjoint masks cover all; the paper's two leave 70 % of a prompt without."""
+    """Extension: K disjoint masks cover all; the paper's two leave 70 % of a prompt without."""
     parts = int(s.trajectory.partition(":")[2])
     rank = rank_of(maskable, uniform(seeds, "cover", masked.shape[1]))
     part = rank * parts // maskable.sum(1, keepdim=True).clamp(min=1)
@@ -703,7 +703,7 @@ def cover(s, masked, maskable, t, seeds):
     return masks + [torch.zeros_like(masked)], None
 
 
-# `cover` is last: its ":N" ends the error text of check_settings.
+# `cover` is last: its ":K" ends the error text of check_settings.
 TRAJECTORIES = {f.__name__: f for f in (consistent, pre_only, anchor_only, inconsistent, cover)}
 
 
@@ -757,4 +757,4 @@ def check_settings(s):
     parts_fit = (parts.isdecimal() and int(parts) > 0) if kind == "cover" else not colon
     if kind not in TRAJECTORIES or not parts_fit:
         raise ValueError(f"trajectory is {s.trajectory!r}; it must be one of "
-                         f"{', '.join(TRAJECTORIES)}:N with N of 1 or more (cover:4)")
+                         f"{', '.join(TRAJECTORIES)}:K with K of 1 or more (cover:4)")

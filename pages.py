@@ -10,11 +10,10 @@ from __future__ import annotations
 import html
 import json
 import string
-from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from files import write_whole
+from files import write_text
 
 # ---- As a page ----------------------------------------------------------------------------------
 
@@ -75,7 +74,7 @@ def write_page(path, prompt, answers, joiner, note):
     panels = [{"label": each.label, "frames": each.frames(), "joiner": joiner} for each in answers]
     script = json.dumps(panels).replace("<", "\\u003c")  # no text can close the script element
     page = PAGE.substitute(prompt=html.escape(prompt), note=html.escape(note), panels=script)
-    write_whole(Path(path), lambda aside: aside.write_text(page, encoding="utf-8"))
+    write_text(path, page)
 
 
 # ---- As a picture that plays --------------------------------------------------------------------
@@ -129,7 +128,7 @@ def write_animation(path, heading, prompt, panels):
         f'Consolas, monospace" font-size="14" role="img"><title>{escape(heading)}</title>',
         f'<rect x="1" y="1" width="{WIDTH - 2}" height="{y - 2}" rx="8" fill="{PAPER}" '
         f'stroke="{EDGE}"/>', *body, "</svg>\n"])
-    write_whole(Path(path), lambda aside: aside.write_text(svg, encoding="utf-8"))
+    write_text(path, svg)
 
 
 def draw_pieces(pieces, y, seconds):

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from data import find_data_file, read_records
-from files import file_checksum, write_whole
+from files import file_checksum, write_json, write_whole
 from memdlm import MemDLM
 from settings import Settings
 
@@ -270,12 +270,8 @@ def write_settings(s, folder):
     """Make a folder a run's. settings.json comes last: with it the folder is a run."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "origin.json").exists():
-        write_json(folder / "origin.json", find_origin(s))
-    write_json(folder / "settings.json", asdict(s))
-
-
-def write_json(path, values):
-    write_whole(path, lambda aside: aside.write_text(json.dumps(values, indent=2) + "\n"))
+        write_json(folder / "origin.json", find_origin(s), indent=2)
+    write_json(folder / "settings.json", asdict(s), indent=2)
 
 
 def find_origin(s):

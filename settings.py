@@ -188,6 +188,10 @@ def names_of(*groups):
     return [f.name for f in fields(Settings) if f.metadata["group"] in groups]
 
 
+# What a command line may change in a trained run.
+CHANGEABLE = names_of("inner loop", "loading") + ["closed_book"]
+
+
 def add_flags(parser, names):
     """One flag for each of these settings, under the heading of its group.
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 import memdlm
 from compare import draw_losses, print_comparison
 from data import collate
-from files import write_whole
+from files import write_text
 from runs import (
     build, find_run_to_resume, load_checkpoint, pick_folder, save_checkpoint, write_settings,
 )
@@ -377,7 +377,7 @@ def open_metrics(folder, step):
         # The last line of a run that was killed may be half.
         whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
         kept = [line for line in whole if json.loads(line)["step"] < step]
-        write_whole(path, lambda aside: aside.write_text("".join(kept)))
+        write_text(path, "".join(kept))
     return open(path, "a", buffering=1)
 
 

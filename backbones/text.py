@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from backbones.families import FAMILIES
-from data import Sample, collate
+from data import Sample, Source
 
 # The special tokens of all families. A tokenizer has those of its own.
 MASK_TOKENS = sorted({family.mask_token for family in FAMILIES.values()})
@@ -161,7 +161,7 @@ def text_field(record, key, optional=False):
     return value.strip()
 
 
-class ChatData:
+class ChatData(Source):
     """Training pairs through the chat template, with the interface of toy.data.ToyData.
 
     The Base models are trained with the template too, as in the published run.
@@ -229,11 +229,6 @@ class ChatData:
     def test(self, column, name, number):
         """Held-out sample `number`, in turn."""
         return self.pairs["test"][number % len(self.pairs["test"])]
-
-    def tests(self, column, numbers, closed_book, name="test"):
-        """The held-out samples with these numbers as one batch."""
-        samples = [self.test(column, name, number) for number in numbers]
-        return collate(samples, [f"{name} {column} {number}" for number in numbers], closed_book)
 
     def ask(self, prompt, question="", length=0):
         """A user's text as the user's turn -> Sample with `length` gaps for the reply."""

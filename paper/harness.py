@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import json
 import os
 import signal
 import sys
@@ -30,7 +29,7 @@ from tqdm import tqdm
 import memdlm
 from backbones.block_diffusion import MODES
 from data import Sample, collate
-from files import write_whole
+from files import write_json
 from generate import reply_text
 from runs import open_model
 
@@ -306,8 +305,7 @@ def run_tasks(tasks, lengths, out, limit=None, num_fewshot=None, chat=False, inc
                         for row in read_scores(results, length)]
                 print_scores(rows)
                 scores += rows
-                text = json.dumps(scores, indent=1) + "\n"
-                write_whole(out / "scores.json", lambda path: path.write_text(text))
+                write_json(out / "scores.json", scores, indent=1)
     print(f"scores in {out / 'scores.json'}, the harness's own files beside it")
     return scores
 

@@ -14,13 +14,12 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import platform
 
 import torch
 
 from compare import COLORS, RATIOS, pyplot
-from files import write_whole
+from files import write_json, write_text, write_whole
 from paper.claims import judge_claims, look_up, subtract, summarise
 from toy import tasks
 
@@ -549,14 +548,9 @@ def write_report(results, size, folder):
     title, intro = "MemDLM's claims on the toy", write_intro(results)
     sections = build_sections(results, size, verdicts, images)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        "report.html": build_page(title, intro, sections),
-        "summary.md": build_summary(title, intro, sections),
-        "values.json": json.dumps(values_of(results, size, verdicts)) + "\n",
-    }
-    for name, text in files.items():
-        write_whole(folder / name,
-                    lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    write_text(folder / "report.html", build_page(title, intro, sections))
+    write_text(folder / "summary.md", build_summary(title, intro, sections))
+    write_json(folder / "values.json", values_of(results, size, verdicts))
     for name, (_, png) in images.items():
         write_whole(folder / f"{name}.png", lambda path, png=png: path.write_bytes(png))
     print(to_markdown(claims_table(verdicts)))

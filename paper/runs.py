@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from files import write_whole
+from files import write_json
 from paper.measures import MEASURES, read_training_curve
 from runs import open_run, read_settings
 from settings import WRITTEN_FROM, Settings
@@ -249,7 +249,7 @@ def train_and_measure(s, measures, folder, size):
             out |= read_training_curve(folder)
             for name in measures:
                 out |= MEASURES[name](s, model, size)
-    write_whole(folder / "measures.json", lambda path: path.write_text(json.dumps(out) + "\n"))
+    write_json(folder / "measures.json", out)
 
 
 def can_resume(folder, s):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from backbones.checkpoint import load_backbone
-from backbones.families import PUBLISHED, TINY
+from backbones.families import TINY
 from backbones.lora import (add_lora, lora_weights)
 from backbones.plan import kept_per_token, memory_plan, optimizer_bytes
 import memdlm
@@ -32,7 +32,7 @@ def saved_bytes(function):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_plans_activations_are_those_that_autograd_keeps(name, lora_dtype):
     """One layer, 256 tokens wide enough that nothing but the counted tensors matters."""
-    raw = PUBLISHED[name] | TINY[name] | {"mask_token_id": 301, "eos_token_id": 300}
+    raw = TINY[name] | {"mask_token_id": 301, "eos_token_id": 300}
     raw |= {
         k: 4 * raw[k]
         for k in ("hidden_size", "d_model", "expert_intermediate_size", "moe_intermediate_size",
@@ -54,7 +54,7 @@ def test_the_plans_activations_are_those_that_autograd_keeps(name, lora_dtype):
 
 
 def test_the_plan_counts_what_is_loaded():
-    raw = PUBLISHED["llada-moe"] | TINY["llada-moe"] | {"mask_token_id": 301, "eos_token_id": 300}
+    raw = TINY["llada-moe"] | {"mask_token_id": 301, "eos_token_id": 300}
     backbone = load_backbone(raw, random=True, dtype="bfloat16", device="cpu", load_4bit=True)
     s = Settings(model="x", load_4bit=True, dtype="bfloat16", lora_rank=4, rank=4)
     parts = [size for _, size in memory_plan(backbone.config, s, 100)]

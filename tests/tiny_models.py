@@ -29,9 +29,7 @@ def empty_network(name):
 
 def tiny_backbone(name, seed=0, **options):
     """Tiny random backbone with weights large enough that attention, router and φ matter."""
-    raw = PUBLISHED[name] | TINY[name] | {
-        "mask_token_id": 301, "eos_token_id": 300, "pad_token_id": 300
-    }
+    raw = TINY[name] | {"mask_token_id": 301, "eos_token_id": 300, "pad_token_id": 300}
     backbone = load_backbone(raw, random=True, dtype="float32", device="cpu", seed=seed, **options)
     generator = torch.Generator().manual_seed(seed)
     for p in backbone.parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 import random
 
-from data import PAD, collate
+from data import PAD, Source
 from toy import tasks, text
 from toy.tokenizer import SEP
 
@@ -25,7 +25,7 @@ COLUMNS = {
 USUAL_GAPS = {"dictionary": 1, "languages": 16, "prose": 16, "retrieval": 1}
 
 
-class ToyData:
+class ToyData(Source):
     """Samples of one kind.
 
     kind: 'dictionary', 'languages', 'prose' or 'retrieval' (generated words), 'python' or 'pydoc'
@@ -88,12 +88,6 @@ class ToyData:
             return self._draw_text(rng, "test")
         keywords = dict(self.columns[column])
         return tasks.TASKS[keywords.pop("task", self.kind)](rng, **keywords)
-
-    def tests(self, column, numbers, closed_book, name="test"):
-        """The held-out samples with these numbers as one batch."""
-        samples = [self.test(column, name, number) for number in numbers]
-        seeds = [f"{name} {column} {number}" for number in numbers]
-        return collate(samples, seeds, closed_book)
 
     def _draw_text(self, rng, split):
         if self.docs:
