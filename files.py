@@ -13,8 +13,9 @@ from zlib import crc32
 
 # What is fetched of a model or an adapter. Nothing here can run code: no .py, no pickle.
 MODEL_FILES = [
-    "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json",
-    "special_tokens_map.json", "chat_template.jinja", "adapter_config.json", "base.json",
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+    "tokenizer*.json", "special_tokens_map.json", "chat_template.jinja", "adapter_config.json",
+    "base.json",
 ]
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from data import find_data_file, read_records
+from data import read_data
 from files import file_checksum, write_json, write_whole
 from memdlm import MemDLM
 from settings import Settings
@@ -78,7 +78,7 @@ def build_real(s, training, device, say):
         if s.load_4bit and not s.lora and (s.merge or not s.from_adapter):
             raise ValueError("4-bit weights cannot be trained themselves: leave out --no-lora or "
                              "--load-4bit")
-        records, bad = read_records(find_data_file(s.data), chat_turns, s.skip_bad)
+        records, bad = read_data(s.data, chat_turns, s.skip_bad)
         room = None
         if torch.cuda.is_available():
             room = torch.cuda.get_device_properties(device or 0).total_memory
@@ -94,7 +94,8 @@ def build_real(s, training, device, say):
     elif not s.load_4bit:
         backbone.requires_grad_(True)
     say(describe(backbone))
-    data = ChatData(backbone, records, s.max_length, s.truncate, s.split_seed, s.data, bad, s.seed)
+    data = ChatData(backbone, records, s.max_length, s.truncate, s.split_seed, s.data, bad, s.seed,
+                    s.skip_bad)
     return data, MemDLM(backbone, s)
 
 

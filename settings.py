@@ -62,9 +62,10 @@ class Settings(memdlm.Settings):
         "which may live in the host's memory (paged)", ["adamw", "adamw8bit", "paged_adamw8bit"])
 
     data: str = setting("data", "dictionary", "dictionary, languages, retrieval, prose, python, "
-        "pydoc (toy), a .jsonl or .json file, or a hub id (real models)")
-    skip_bad: bool = setting("data", False, "leave out malformed lines of a data file instead of "
-        "stopping at the first")
+        "pydoc (toy); a .jsonl, .json (also .gz), .csv or .parquet file; a folder of save_to_disk; "
+        "or a hub id, id:split or id/subset:split")
+    skip_bad: bool = setting("data", False, "leave out records of a data file that cannot be used "
+        "instead of stopping at the first")
     prompt_length: int = setting("data", 256, "toy, text: longest prompt in bytes",
         low=1, high=1 << 20)
     response_length: int = setting("data", 64, "toy, text: length of the response in bytes",

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from backbones.backbone import Backbone, build_network
+from backbones.config import end_ids
 from backbones.experts import Experts
 from backbones.families import FAMILIES, PUBLISHED, translate
 from backbones.lora import merge_adapter
@@ -40,10 +41,13 @@ def load_backbone(model, load_4bit=False, dtype="auto", device=None, attention="
         folder = model_folder(model)
         raw, source = read_json(folder / "config.json"), Shards(folder)
     config = translate(raw, str(folder / "config.json") if folder else "config")
+    if folder and (folder / "generation_config.json").exists():
+        ends = end_ids(read_json(folder / "generation_config.json"), folder)
+        config = replace(config, eos_ids=(*dict.fromkeys([*config.eos_ids, *ends]),))
     family, tokenizer = FAMILIES[config.family], None
     if folder and (folder / "tokenizer.json").exists():
         tokenizer = Tokenizer(folder, config)
-    config = set_special_ids(config, tokenizer)
+    config = set_special_ids(config, tokenizer, guess=random)
     if attention == "block" and not family.block_length:
         raise ValueError(f"--attention block is for LLaDA2.x; {family.title} attends fully")
     dtype = choose_dtype(dtype, raw, device)
@@ -76,23 +80,29 @@ def choose_dtype(dtype, raw, device):
     return getattr(torch, dtype)
 
 
-def set_special_ids(config, tokenizer):
+def set_special_ids(config, tokenizer, guess=False):
     """The config with the ids of mask and end.
 
-    They come from config.json, else from the tokenizer, else from the family's row.
+    They come from config.json, else from the tokenizer. guess: else from the family's row, which
+    is good enough for random weights.
     """
     family = FAMILIES[config.family]
     mask, eos = config.mask_id, config.eos_id
     if tokenizer:
         mask = tokenizer.mask_id if mask is None else mask
         eos = tokenizer.eos_id if eos is None else eos
-    mask = family.mask_id if mask is None else mask
-    eos = family.eos_id if eos is None else eos
-    for what, key, i in (("mask", "mask_token_id", mask), ("end", "eos_token_id", eos)):
-        if not isinstance(i, int) or not 0 <= i < config.vocab_size:
+    if guess:
+        mask = family.mask_id if mask is None else mask
+        eos = family.eos_id if eos is None else eos
+    for what, key, i in (("mask", "mask_token_id", mask), ("end", "eos_token_id", eos),
+                         *(("end", "eos_token_id", end) for end in config.eos_ids)):
+        if i is None:
+            raise ValueError(f"neither config.json nor the tokenizer says which token is the "
+                             f"{what}; set {key} in config.json")
+        if type(i) is not int or not 0 <= i < config.vocab_size:
             raise ValueError(f"the {what} token's id is {i!r}, outside the vocabulary of "
                              f"{config.vocab_size}; set {key} in config.json")
-    if mask == eos:
+    if mask in (eos, *config.eos_ids):
         raise ValueError(f"mask and end token have the same id, {mask}; correct mask_token_id in "
                          "config.json")
     return replace(config, mask_id=mask, eos_id=eos)

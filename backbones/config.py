@@ -34,6 +34,7 @@ class Config:
     max_length: int = 0    # positions the model was made for
     mask_id: int | None = None
     eos_id: int | None = None
+    eos_ids: tuple = ()    # every token that config.json calls an end
 
     def check(self, name):
         """ValueError, with `name` for the file, if the sizes do not fit together."""
@@ -81,7 +82,18 @@ class Fields:
 
     def special_ids(self):
         """The ids of mask and end as the file has them; families.py fills in what it leaves out."""
-        eos = self.raw.get("eos_token_id")
-        eos = eos[0] if isinstance(eos, list) and eos else eos
-        eos = self.raw.get("pad_token_id") if eos is None else eos
-        return dict(mask_id=self.raw.get("mask_token_id"), eos_id=eos)
+        ends = end_ids(self.raw, self.name)
+        return dict(mask_id=self.raw.get("mask_token_id"), eos_id=ends[0] if ends else None,
+                    eos_ids=ends)
+
+
+def end_ids(raw, name):
+    """The ids that a config.json or generation_config.json calls ends: one, a list, or none."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{name} is not a model's configuration")
+    ends = raw.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends] * (ends is not None)
+    if not all(type(i) is int for i in ends):
+        raise ValueError(f"{name}: eos_token_id is {raw['eos_token_id']!r}; it must be an id in "
+                         "the vocabulary, or a list of ids")
+    return tuple(ends)

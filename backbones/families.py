@@ -32,7 +32,7 @@ class Family(NamedTuple):
     rotary_in_float32: bool  # else rotation is in the model's precision
     block_length: int       # of a block, which sees itself and those before; 0: all sees all
     decoder: Callable
-    mask_id: int            # if neither config.json nor the tokenizer names one
+    mask_id: int            # of random weights, if config.json names none
     eos_id: int
     mask_token: str         # what the tokenizer calls the mask
     turn_ends: tuple        # tokens that end a turn, besides the end of text

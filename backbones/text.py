@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from backbones.families import FAMILIES
-from data import Sample, Source
+from data import Sample, Source, clean_text, parse_record
 
 # The special tokens of all families. A tokenizer has those of its own.
 MASK_TOKENS = sorted({family.mask_token for family in FAMILIES.values()})
@@ -21,6 +21,9 @@ TURN_MARKS = {token for family in FAMILIES.values() for token in family.turn_mar
 
 
 # ---- The tokenizer ------------------------------------------------------------------------------
+
+SHIELD = "\ue000"  # a character for private use: it splits a token's name and is then left out
+
 
 class SpecialToken(ValueError):
     """A text holds a token that the model would not read as text."""
@@ -43,25 +46,50 @@ class Tokenizer:
         known = [self.added[token] for token in MASK_TOKENS if token in self.added]
         self.mask_id = known[0] if known else self.hf.mask_token_id
         self.eos_id = self.hf.eos_token_id
+        # All that may end a reply: what config.json and generation_config.json call the end, what
+        # the tokenizer does, the ends of a turn that are known, and the template's own.
+        known_ends = (self.added.get(token) for token in TURN_ENDS)
+        ends = [self.eos_id, *config.eos_ids, *known_ends]
+        self.ends = [i for i in dict.fromkeys(ends) if i is not None]
         self.templated = bool(self.hf.chat_template) and self.template_is_usable()
 
     @property
     def stop_ids(self):
-        """The tokens that end a reply: the end of text and the template's end of turn."""
-        ends = [self.eos_id, *(self.added.get(token) for token in TURN_ENDS)]
-        return [i for i in ends if i is not None]
+        """The tokens that end a reply: every end of text and every end of a turn."""
+        return [*dict.fromkeys([self.eos_id, *self.ends])]
 
     def template_is_usable(self):
-        """Can prompt and reply be told apart, and does a reply end in a token that says so?"""
+        """Can prompt and reply be told apart, and does a reply end in a token that says so?
+
+        The token that the template puts behind a reply is an end from now on.
+        """
         example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            return self.apply_template(example)[1][-1] in self.stop_ids
+            _, reply = self.apply_template(example)
         except ValueError:
             return False
+        marks = [i for i in reply if i in self.added.values() and i not in self.ends]
+        behind = self.encode("b")
+        if reply[:len(behind)] == behind and reply[len(behind):][:1] == marks[:1] != []:
+            self.ends.append(marks[0])
+        return any(i in self.ends for i in reply)
 
     def encode(self, text):
-        """Ids of a text, without a token at its start or end."""
-        return self.hf(text, add_special_tokens=False)["input_ids"]
+        """Ids of a text, without a token at its start or end. What is shielded stays text."""
+        parts = clean_text(text).split(SHIELD)
+        return [i for part in parts for i in self.hf(part, add_special_tokens=False)["input_ids"]]
+
+    def shield(self, text):
+        """A user's text in which the names of special tokens are nothing but their characters."""
+        for token in sorted(self.special_names(), key=len, reverse=True):
+            text = text.replace(token, token[:1] + SHIELD + token[1:])
+        return text
+
+    def special_names(self):
+        """The names of the mask, the ends, and of what begins a turn."""
+        marks = TURN_MARKS | {self.hf.bos_token}
+        return [token for token, i in self.added.items()
+                if token in marks or i in (self.mask_id, *self.stop_ids)]
 
     def decode(self, ids):
         """The text of ids; special tokens are skipped."""
@@ -75,36 +103,36 @@ class Tokenizer:
         """[{role, content}, ...] -> ids of the prompt, ids of the reply.
 
         The reply is [] if the last turn is the user's. Without a usable template the turns are
-        joined by blank lines.
+        joined by blank lines. Plain text, one turn of the assistant's, is a reply to nothing.
         """
         for message in messages:
-            self.refuse_special(message["content"])
-        if self.templated:
+            self.refuse_special(clean_text(message["content"]))
+        is_plain_text = [message["role"] for message in messages] == ["assistant"]
+        if self.templated and not is_plain_text:
             return self.apply_template(messages)
         reply = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
         turns = messages[:-1] if reply else messages
-        prompt = "\n\n".join(turn["content"] for turn in turns) + "\n\n"
+        prompt = "".join(turn["content"] + "\n\n" for turn in turns)
         return self.encode(prompt), self.encode(reply) + [self.eos_id] if reply else []
 
     def refuse_special(self, text):
         """SpecialToken if a user's text holds a mask, an end, or what begins a turn."""
-        marks = TURN_MARKS | {self.hf.bos_token}
-        for token, i in self.added.items():
-            if token in text and (token in marks or i in (self.mask_id, *self.stop_ids)):
+        for token in self.special_names():
+            if token in text:
                 raise SpecialToken(f"the text contains {token!r}, which this model reads as a "
                                    "special token; remove it")
 
     def apply_template(self, messages):
         """The same as `chat`, by the chat template."""
-        from jinja2 import TemplateError
         has_reply = messages[-1]["role"] == "assistant"
         before = messages[:-1] if has_reply else messages
         try:
             prompt = self.hf.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
             whole = self.hf.apply_chat_template(messages, tokenize=False) if has_reply else prompt
-        except TemplateError as error:
-            raise ValueError(
-                f"the model's chat template refuses these messages: {error}") from None
+        except Exception as error:  # a template is a program: it may divide by zero
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError("the model's chat template refuses these messages: "
+                             f"{reason}") from None
         if not whole.startswith(prompt):
             raise ValueError("the model's chat template does not put a reply behind its generation "
                              "prompt")
@@ -117,48 +145,11 @@ class Tokenizer:
 # ---- Data ---------------------------------------------------------------------------------------
 
 def chat_turns(record):
-    """A record of a data file -> chat messages.
-
-    A record has `messages`, or prompt and response, or Alpaca's instruction, input and output.
-    ValueError says what is wrong with any other record.
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"a record must be an object, not {type(record).__name__}")
-    if "messages" in record:
-        return check_messages(record["messages"])
-    if "instruction" in record:
-        extra = text_field(record, "input", optional=True)
-        prompt = text_field(record, "instruction") + (f"\n\n{extra}" if extra else "")
-        reply = text_field(record, "output")
-    else:
-        prompt, reply = text_field(record, "prompt"), text_field(record, "response")
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-
-
-def check_messages(turns):
-    """The turns of a record's `messages`, without other fields. The last is the assistant's."""
-    good = isinstance(turns, list) and len(turns) > 1 and all(is_turn(turn) for turn in turns)
-    if not good or turns[-1]["role"] != "assistant":
-        raise ValueError("'messages' must be a list of {role, content} that ends with the "
-                         "assistant's turn")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-
-
-def is_turn(turn):
-    """Is this a {role, content} with a known role and some text?"""
-    return (isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
-            and isinstance(turn.get("content"), str) and bool(turn["content"].strip()))
-
-
-def text_field(record, key, optional=False):
-    """A text of a record, without white space around it. An optional text may be missing."""
-    value = record.get(key)
-    if optional and value in (None, ""):
-        return ""
-    if not isinstance(value, str) or not value.strip():
-        wrong = "empty" if value in ("", None) else "no text"
-        raise ValueError(f"{key!r} is {wrong if key in record else 'missing'}")
-    return value.strip()
+    """A record of a data file -> chat messages. A question of its own ends the prompt."""
+    turns, question = parse_record(record)
+    if question:
+        turns[0]["content"] += "\n\n" + question
+    return turns
 
 
 class ChatData(Source):
@@ -169,21 +160,23 @@ class ChatData(Source):
     words, metric, kind = False, "nats", "chat"
 
     def __init__(self, backbone, records=(), max_length=4096, truncate=False, split_seed=42,
-                 where="", bad=0, seed=0):
+                 where="", bad=0, seed=0, skip_bad=False):
         """records: lists of chat messages. where: the name of the data.
 
-        bad: how many records were left out before. ValueError if fewer than two samples are left.
+        bad: how many records were left out before. ValueError if fewer than two samples are left,
+        or, unless skip_bad, if the template refuses a record.
         """
         self.tokenizer, self.seed = backbone.tokenizer, seed
         self.window, self.columns = backbone.config.max_length, {"held out": {}}
         if self.tokenizer is None:
             raise ValueError(f"{backbone.name} has no tokenizer.json, so it cannot read text")
-        samples, counts = self.encode_records(records, max_length, truncate)
+        samples, counts = self.encode_records(records, max_length, truncate, where, skip_bad)
         if records and len(samples) < 2:
             raise ValueError(
                 f"{where}: {len(samples)} samples left of {len(records)} ({counts['long']} longer "
                 f"than {max_length} tokens, {counts['special']} with special tokens in their "
-                "text); raise --max-length, or --truncate")
+                f"text, {counts['refused']} refused by the chat template); raise --max-length, or "
+                "--truncate")
         generator = torch.Generator().manual_seed(split_seed)
         order = torch.randperm(len(samples), generator=generator).tolist()
         held_out = max(1, len(samples) // 20)  # 95 % to train, 5 % held out
@@ -191,14 +184,20 @@ class ChatData(Source):
                       "train": [samples[i] for i in order[held_out:]]}
         self.note = self.describe(where, samples, counts, bad) if samples else ""
 
-    def encode_records(self, records, max_length, truncate):
+    def encode_records(self, records, max_length, truncate, where, skip_bad):
         """Records -> samples of at most max_length tokens, and how many were left out, and why."""
-        samples, counts = [], {"long": 0, "cut": 0, "special": 0}
-        for turns in tqdm(records, desc="reading", unit="record", delay=1):
+        samples, counts = [], dict.fromkeys(["long", "cut", "special", "refused"], 0)
+        bar = tqdm(records, desc="reading", unit="record", delay=1)
+        for number, turns in enumerate(bar, 1):
             try:
                 prompt, reply = self.tokenizer.chat(turns)
             except SpecialToken:
                 counts["special"] += 1
+                continue
+            except ValueError as error:
+                if not skip_bad:
+                    raise ValueError(f"{where}, record {number}: {error}") from None
+                counts["refused"] += 1
                 continue
             room = max_length - len(prompt)
             if room <= 0 or (len(reply) > room and not truncate):
@@ -215,7 +214,8 @@ class ChatData(Source):
         note = (f"{where}: {len(samples)} samples kept ({len(self.pairs['train'])} to train, "
                 f"{len(self.pairs['test'])} held out; {lengths[len(lengths) // 2]} tokens in the "
                 f"median, {lengths[-1]} at most), {counts['long']} too long, {counts['cut']} cut, "
-                f"{counts['special']} with special tokens in their text, {bad} malformed")
+                f"{counts['special']} with special tokens in their text, {counts['refused']} "
+                f"refused by the chat template, {bad} malformed")
         if not self.tokenizer.templated:
             note += "; no usable chat template, so prompt and reply are joined by a blank line"
         return note

@@ -10,7 +10,7 @@ from torch import nn
 from backbones.checkpoint import describe, load_backbone
 from backbones.families import FAMILIES, PUBLISHED, TINY, read_config, translate
 from backbones.lora import add_lora
-from data import find_data_file
+from data import read_data
 from files import model_folder
 import memdlm
 import train
@@ -139,7 +139,7 @@ def test_the_hub_out_of_reach_is_one_quick_line(monkeypatch):
     import time
     begin = time.perf_counter()
     for call, name in ((model_folder, "nobody/nothing"), (read_config, "nobody/nothing"),
-                       (find_data_file, "nobody/data")):
+                       (read_data, "nobody/data")):
         with pytest.raises(ValueError, match="could not be fetched from the hub") as error:
             call(name)
         assert "\n" not in str(error.value) and "give" in str(error.value)

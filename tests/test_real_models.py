@@ -25,7 +25,7 @@ import runs as runs_module
 from backbones.lora import save_adapter
 from backbones.plan import plan_text
 from backbones.text import ChatData, chat_turns
-from data import find_data_file
+from data import read_data
 from files import write_whole
 from runs import build
 from settings import Settings
@@ -409,12 +409,6 @@ def test_a_data_set_of_the_hub_is_the_one_json_file_in_it(tmp_path, monkeypatch)
         (name, k["repo_type"])) or str(tmp_path))
     (tmp_path / "LongAlpaca-12k.json").write_text(
         json.dumps([{"instruction": "a", "output": "b", "input": None, "file": "x"}]))
-    path = find_data_file("Yukang/LongAlpaca-12k")
-    assert asked == [("Yukang/LongAlpaca-12k", "dataset")
-                     ] and Path(path).name == "LongAlpaca-12k.json"
-    from data import read_records
-    assert read_records(path, chat_turns) == ([[{"role": "user", "content": "a"},
-                                                {"role": "assistant", "content": "b"}]], 0)
-    (tmp_path / "more.jsonl").write_text("")
-    with pytest.raises(ValueError, match="has 2 JSON files"):
-        find_data_file("Yukang/LongAlpaca-12k")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert read_data("Yukang/LongAlpaca-12k", chat_turns) == ([turns], 0)
+    assert asked == [("Yukang/LongAlpaca-12k", "dataset")]

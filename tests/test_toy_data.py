@@ -414,7 +414,7 @@ BAD_RECORDS = [
     ({"instruction": "p"}, "no 'output'"),
     ({"prompt": 5, "response": "r"}, "'prompt' must be text, not int"),
     ({"prompt": "p", "response": ["r"]}, "'response' must be text, not list"),
-    ({**GOOD, "question": None}, "'question' must be text"),
+    ({**GOOD, "question": 4}, "'question' must be text"),
     ({"instruction": "p", "input": 1, "output": "r"}, "'input' must be text"),
     ({"prompt": " \n", "response": "r"}, "'prompt' is empty"),
     ({"prompt": "p", "response": ""}, "'response' is empty"),
@@ -458,8 +458,8 @@ def test_read_pairs_refuses_bad_files(tmp_path, content, words):
 
 
 def test_read_pairs_refuses_missing_files_and_all_bad_records(tmp_path):
-    for path in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(ValueError, match="cannot read"):
+    for path, words in ((tmp_path / "nothing", "no such file"), (tmp_path, "cannot read")):
+        with pytest.raises(ValueError, match=words):
             text.read_pairs(path)
     with pytest.raises(ValueError, match="2 skipped"):
         text.read_pairs(write(tmp_path / "pairs", "x", "y"), skip_bad=True)

@@ -29,8 +29,8 @@ class ToyData(Source):
     """Samples of one kind.
 
     kind: 'dictionary', 'languages', 'prose' or 'retrieval' (generated words), 'python' or 'pydoc'
-    (text that comes with Python, as bytes), or the path of a .json / .jsonl file of prompt and
-    response pairs (bytes).
+    (text that comes with Python, as bytes), or data that people have, as data.read_data reads it
+    (bytes).
     """
 
     def __init__(self, kind, prompt_length=256, response_length=64, skip_bad=False):
@@ -47,10 +47,12 @@ class ToyData(Source):
 
     def _open_file(self, path, skip_bad):
         """Read a file of pairs and hold some of them out."""
-        if not os.path.exists(path):
+        if not os.path.exists(path) and "/" not in path:
             raise ValueError(f"--data {path}: no such file, and not one of {', '.join(COLUMNS)}, "
                              "python, pydoc")
         pairs, bad = text.read_pairs(path, skip_bad)
+        if not any(prompt for prompt, _, _ in pairs):
+            return self._take_documents(path, pairs, bad)
         samples, long = [], 0
         for pair in pairs:
             try:
@@ -68,6 +70,15 @@ class ToyData(Source):
             held = "and tested on, there being only one"
         self.note = (f"{path}: {len(samples)} pairs kept ({len(train)} to train, {held}), "
                      f"{long} too long, {bad} malformed lines skipped")
+
+    def _take_documents(self, path, pairs, bad):
+        """Plain text has no prompts: its samples are windows, as of python and pydoc."""
+        docs = [(str(number), whole.encode())
+                for number, (_, _, whole) in enumerate(pairs)]
+        train, test = text.split_pairs(docs, seed=0)
+        self.docs = {"train": train, "test": test}
+        self.note = (f"{path}: {len(docs)} texts kept ({len(train)} to train, {len(test)} held "
+                     f"out), {bad} malformed lines skipped")
 
     def train(self, rng, progress, number=0):
         """A training sample, drawn whatever its number.

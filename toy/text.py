@@ -10,7 +10,7 @@ import sysconfig
 import zlib
 from pathlib import Path
 
-from data import Sample, read_records
+from data import Sample, parse_record, read_data
 from toy.tokenizer import EOS, SEP, Bytes
 
 BYTES = Bytes()
@@ -105,39 +105,17 @@ def cut(rng, docs, prompt_len, response_len):
 def read_pairs(path, skip_bad=False):
     """Read (prompt, question, response) texts; returns (list of them, number of records skipped).
 
-    The file is JSONL or one JSON array. A record has "prompt", "response" and optionally
-    "question" (which a closed-book decoder may see), or Alpaca's "instruction", "output" and
-    optionally "input".
+    All forms of data.parse_record. Of several turns the last is the response and the others are
+    the prompt, joined by blank lines. Plain text has the prompt "".
     """
-    return read_records(path, _pair, skip_bad)
+    return read_data(path, make_pair, skip_bad)
 
 
-def _pair(record):
+def make_pair(record):
     """The (prompt, question, response) of a parsed record; ValueError says what is wrong."""
-    if not isinstance(record, dict):
-        raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
-    if "instruction" in record and "prompt" not in record:
-        prompt, extra = _field(record, "instruction"), _field(record, "input", optional=True)
-        if extra:
-            prompt += "\n\n" + extra
-        return prompt, "", _field(record, "output")
-    question = _field(record, "question", optional=True)
-    return _field(record, "prompt"), question, _field(record, "response")
-
-
-def _field(record, name, optional=False):
-    """A text field of a record; one that is optional may be missing or empty ("" either way)."""
-    if name not in record and not optional:
-        raise ValueError(f"no {name!r}: a record needs 'prompt' and 'response'")
-    text = record.get(name, "")
-    if not isinstance(text, str):
-        raise ValueError(f"{name!r} must be text, not {type(text).__name__}")
-    if not text.strip():
-        if not optional:
-            raise ValueError(f"{name!r} is empty: fill it in or remove the record")
-        return ""
-    BYTES.encode(text)  # fails here, where the line is known, rather than in training
-    return text
+    turns, question = parse_record(record)
+    prompt = "\n\n".join(turn["content"] for turn in turns[:-1])
+    return prompt, question, turns[-1]["content"]
 
 
 def pair_sample(pair, prompt_len_max, response_len):

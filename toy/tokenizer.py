@@ -4,7 +4,7 @@ Both give the same four ids to the special tokens, so a model or a decoder never
 which tokenizer it works with.
 """
 
-from data import PAD
+from data import PAD, clean_text
 
 MASK, EOS, SEP = PAD + 1, PAD + 2, PAD + 3
 SPECIALS = ("<pad>", "<mask>", "<eos>", "<sep>")
@@ -95,13 +95,7 @@ class Bytes:
 
     def encode(self, text):
         """Ids of the UTF-8 bytes of `text`; ValueError if it is not valid Unicode."""
-        try:
-            return self.encode_bytes(text.encode("utf-8"))
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"character {error.start} of the text is half of a surrogate pair, "
-                "which has no UTF-8 form: remove it"
-            ) from None
+        return self.encode_bytes(clean_text(text).encode("utf-8"))
 
     def encode_bytes(self, data):
         """Ids of raw bytes; a window cut from a file may start inside a character."""
