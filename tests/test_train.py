@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import memdlm
 import train
 from data import Sample, collate
 from memdlm import MemDLM
