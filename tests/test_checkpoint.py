@@ -238,8 +238,8 @@ def test_routers_are_neither_quantised_nor_rounded():
 
 def test_random_weights_come_from_the_seed():
     raw = TINY["llada-8b"] | {"mask_token_id": 301, "eos_token_id": 300}
-    one, same, other = (load_backbone(raw, random=True, device="cpu", seed=seed).network.state_dict()
-                        for seed in (1, 1, 2))
+    made = [load_backbone(raw, random=True, device="cpu", seed=seed) for seed in (1, 1, 2)]
+    one, same, other = (backbone.network.state_dict() for backbone in made)
     for key, w in one.items():
         assert torch.equal(w, same[key])
         assert torch.equal(w, other[key]) == (w.dim() == 1), key

@@ -146,7 +146,8 @@ def test_a_control_is_the_run_without_memory_whatever_its_seed_and_inner_loop():
     s = Settings(data="languages", seed=3)
     wanted, rows = make_experiment(s, alone=[[1.0]]), dict(alone=[[1.0]])
     fits = Settings(data="languages", memory=False, seed=8, inner_lr=0.7, trajectory="cover:2")
-    others = [Settings(data="languages", memory=False, lr=1.0), Settings(data="prose", memory=False),
+    others = [Settings(data="languages", memory=False, lr=1.0),
+              Settings(data="prose", memory=False),
               Settings(data="languages", memory=False, min_t=0.5),
               Settings(data="languages", inner_lr=0.7)]
     others = [make_experiment(other, **rows) for other in others]

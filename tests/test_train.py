@@ -82,7 +82,8 @@ def test_a_run_is_adamw_on_clipped_gradients_of_whole_batches(train_into):
         norm = sum(float(g.square().sum()) for g in grads.values()) ** 0.5
         assert norm > 0.2  # it is clipped
         if step in logged:
-            want = {"loss": float(loss.detach()), "ce": float(record["ce"]), "grad_norm": norm, "lr": lr}
+            want = {"loss": record["loss"].item(), "ce": record["ce"].item(),
+                    "grad_norm": norm, "lr": lr}
             assert {k: logged[step][k] for k in want} == pytest.approx(want, rel=1e-4)
         for name, w in weights.items():
             g, k = grads[name] * 0.1 / norm, step + 1
