@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from backbones.backbone import Backbone
-from backbones.block_diffusion import block_diffusion
+from backbones.block_diffusion import MODES, block_diffusion
 from backbones.checkpoint import load_backbone
 import memdlm
 from settings import Settings
@@ -197,3 +197,65 @@ def test_temperature_is_seeded_and_different_seeds_differ(name):
             pass
         return x
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+
+
+class Sayer(Backbone):
+    """It has the same logits at each position, whatever stands there."""
+
+    def __init__(self, model, logits):
+        super().__init__(model.network, model.config, model.tokenizer)
+        self.logits = logits
+
+    def blocks(self, h, *_):
+        return h
+
+    def head(self, h):
+        return self.logits.repeat(*h.shape[:-1], 1)
+
+
+def decode(backbone, fill, seeds=(0,), **options):
+    """The canvases [1, L] of a text of ones, decoded where `fill`."""
+    x = torch.ones(fill.shape, dtype=torch.long)
+    return list(block_diffusion(backbone, Settings(), x, fill, torch.ones_like(fill), list(seeds),
+                                **options))
+
+
+def test_a_token_is_committed_if_it_is_surer_than_the_threshold():
+    """Where p is 1 to the last bit: nothing is surer than 1, so it is one token a look."""
+    sure = torch.full((320,), -300.0)
+    sure[5] = 300.0
+    backbone = Sayer(tiny_backbone("llada2.1-mini"), sure)
+    fill = torch.arange(64)[None] >= 32
+    assert len(decode(backbone, fill, threshold=1.0)) == 32
+    assert len(decode(backbone, fill, threshold=0.999)) == 1
+
+
+def test_a_stop_in_the_prompt_does_not_end_the_reply():
+    """Turns of the prompt end in it, also in the block in which the reply begins."""
+    backbone = Sayer(tiny_backbone("llada2.1-mini"), F.one_hot(torch.tensor(5), 320) * 99.0)
+    fill = torch.arange(100)[None] >= 40
+    x = torch.ones(1, 100, dtype=torch.long)
+    x[0, 35] = backbone.stop_ids[0]
+    *_, canvas = block_diffusion(backbone, Settings(), x, fill, fill | True, [0])
+    assert torch.equal(canvas[0, :40], x[0, :40]) and (canvas[0, 40:] == 5).all()
+
+
+def test_each_look_and_each_block_draws_anew():
+    """Two tokens of the same odds, one a look: two blocks of 32 fair coins."""
+    even = torch.full((320,), -300.0)
+    even[[5, 6]] = 0.0
+    backbone = Sayer(tiny_backbone("llada2.1-mini"), even)
+    fill, ones = torch.arange(96)[None] >= 32, []
+    for seed in range(4):
+        *_, canvas = decode(backbone, fill, [seed], threshold=1.0, temperature=1.0)
+        first, second = canvas[0, 32:64] == 6, canvas[0, 64:] == 6
+        assert not torch.equal(first, second)
+        assert first.any() and not first.all()
+        ones += [int(first.sum()), int(second.sum())]
+        agree = int((first == second).sum())
+        assert 5 < agree < 27  # of 32; less than one in 10,000 falls outside
+    assert len(set(ones)) > 2 and abs(sum(ones) - 128) < 40
+
+
+def test_modes_are_those_of_llada2_1():
+    assert MODES == {"plain": (0.95, None), "speed": (0.5, 0.0), "quality": (0.7, 0.5)}

@@ -1,4 +1,5 @@
 """The blocks: against the library, by hand, and as backbones that memdlm.py asks."""
+import math
 from dataclasses import replace
 
 import pytest
@@ -6,7 +7,8 @@ import torch
 from torch import nn
 
 from backbones.backbone import Backbone
-from backbones.blocks import GroupRouter
+from backbones.blocks import Context, GroupRouter, RMSNorm, attend, rotary, rotate
+from backbones.checkpoint import load_backbone
 from backbones.experts import Experts
 from backbones.families import PUBLISHED, TINY, translate
 from backbones.lora import add_lora, lora_targets
@@ -286,3 +288,179 @@ def test_a_step_reads_one_number_back_per_moe_layer(monkeypatch):
             assert reads.count(
                 ("run_one_by_one", "tolist")) == (0 if on else len(passes)) and len(passes) >= 4
             assert {name for name, _ in reads} - on_the_host <= {"run_one_by_one"}
+
+
+# ---- Against loops ------------------------------------------------------------------------------
+
+def plain_norm(x, weight):
+    return x / (x.square().mean() + 1e-6).sqrt() * weight
+
+
+def plain_turn(x, position):
+    """Half of a head's 16 channels are rotated: channel i with channel i + 4, theta = 600000."""
+    out = x.clone()
+    for i in range(4):
+        angle = position * 600000.0 ** (-2 * i / 8)
+        out[i] = x[i] * math.cos(angle) - x[i + 4] * math.sin(angle)
+        out[i + 4] = x[i + 4] * math.cos(angle) + x[i] * math.sin(angle)
+    return out
+
+
+def plain_feed_forward(w, path, x):
+    gate, up, down = (w[f"{path}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+    return down @ ((gate @ x) * (gate @ x).sigmoid() * (up @ x))
+
+
+def plain_route(score, bias):
+    """{expert: its weight}. Four groups of two experts; the bias chooses and does not weigh."""
+    ranked = score + bias
+    worth = [float(ranked[2 * g] + ranked[2 * g + 1]) for g in range(4)]
+    best = sorted(range(4), key=lambda g: -worth[g])[:2]
+    open_experts = [e for g in best for e in (2 * g, 2 * g + 1)]
+    chosen = sorted(open_experts, key=lambda e: -float(ranked[e]))[:2]
+    return {e: 2.5 * score[e] / sum(score[e] for e in chosen) for e in chosen}
+
+
+def plain_llada2(w, ids):
+    """Logits of a tiny LLaDA2: 4 query heads on 2 key heads of 16 channels, 1 dense layer of 4."""
+    h = [w["model.word_embeddings.weight"][i] for i in ids]
+    for layer in range(4):
+        at = f"model.layers.{layer}."
+        q, k, v, out = [], [], [], []
+        for i, row in enumerate(h):
+            x = plain_norm(row, w[at + "input_layernorm.weight"])
+            heads = (w[at + "attention.query_key_value.weight"] @ x).view(8, 16)
+            norms = [w[f"{at}attention.{name}_layernorm.weight"] for name in ("query", "key")]
+            q.append([plain_turn(plain_norm(x, norms[0]), i) for x in heads[:4]])
+            k.append([plain_turn(plain_norm(x, norms[1]), i) for x in heads[4:6]])
+            v.append(heads[6:])
+        for i in range(len(h)):
+            parts = []
+            for head in range(4):  # heads 0 and 1 read key head 0, heads 2 and 3 key head 1
+                scores = torch.stack([q[i][head] @ key[head // 2] / 4 for key in k])
+                parts.append(sum(p * values[head // 2]
+                                 for p, values in zip(scores.softmax(0), v)))
+            out.append(w[at + "attention.dense.weight"] @ torch.cat(parts))
+        for i, more in enumerate(out):
+            h[i] = h[i] + more
+            x = plain_norm(h[i], w[at + "post_attention_layernorm.weight"])
+            if layer == 0:
+                h[i] = h[i] + plain_feed_forward(w, at + "mlp", x)
+                continue
+            score = (w[at + "mlp.gate.weight"] @ x).sigmoid()
+            route = plain_route(score, w[at + "mlp.gate.expert_bias"])
+            h[i] = h[i] + plain_feed_forward(w, at + "mlp.shared_experts", x) + sum(
+                weight * plain_feed_forward(w, f"{at}mlp.experts.{e}", x)
+                for e, weight in route.items())
+    return torch.stack([w["lm_head.weight"] @ plain_norm(row, w["model.norm.weight"])
+                        for row in h])
+
+
+@torch.no_grad()
+def test_llada2_against_loops_over_positions_heads_and_experts():
+    """In float64, one position, head and expert at a time. The library has no such model."""
+    backbone = tiny_backbone("llada2.1-mini")
+    w = {name: p.double() for name, p in backbone.network.state_dict().items()}
+    ids = [5, 17, 5, 250, 99, 3]
+    x0 = torch.tensor([ids + [7, 7]])
+    valid = torch.tensor([[True] * 6 + [False] * 2])
+    got = all_logits(backbone, x0, valid)[0, :6].double()
+    torch.testing.assert_close(got, plain_llada2(w, ids), rtol=1e-3, atol=1e-3)
+
+
+def test_the_routers_bias_chooses_but_does_not_weigh():
+    """Groups of two. The bias lifts expert 1 above 0 and 3 above 2; the weights are without it.
+
+        expert       0    1    2    3    4    5    6    7
+        sigmoid     .5   .4   .3   .2   .1   .1   .1   .1
+        with bias   .5  1.4   .3  2.2   .1   .1   .1   .1       chosen: 3 and 1
+        weight          2.5 * .4 / .6   2.5 * .2 / .6
+    """
+    router = GroupRouter(replace(translate(TINY["llada2.1-mini"]), width=8))
+    router.weight.data = torch.eye(8)
+    router.expert_bias = torch.tensor([0, 1.0, 0, 2.0, 0, 0, 0, 0])
+    score = torch.tensor([[0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1]])
+    weights, chosen = router(score.logit())
+    assert chosen.tolist() == [[3, 1]]
+    torch.testing.assert_close(weights, torch.tensor([[2.5 * 0.2 / 0.6, 2.5 * 0.4 / 0.6]]))
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (4, 1)])
+def test_neighbouring_query_heads_share_a_key_head(heads, kv_heads):
+    """heads / kv_heads neighbours read the same keys: of 6 on 2 the first three the first."""
+    generator = torch.Generator().manual_seed(heads)
+    q = torch.randn(1, 5, heads, 8, generator=generator)
+    k, v = torch.randn(2, 1, 5, kv_heads, 8, generator=generator)
+    still = Context(torch.ones(5, 8), torch.zeros(5, 8), None, None, None)
+    out = attend(q, k, v, still, 0).view(5, heads, 8)
+    for head in range(heads):
+        own = head // (heads // kv_heads)
+        p = (q[0, :, head] @ k[0, :, own].T / 8 ** 0.5).softmax(-1)
+        torch.testing.assert_close(out[:, head], p @ v[0, :, own])
+
+
+def test_a_norm_by_hand():
+    """(3, 1): the mean of the squares is 5. With eps = 4 it is divided by sqrt(9), then * 2, 3."""
+    norm = RMSNorm(2, eps=4.0)
+    norm.weight.data = torch.tensor([2.0, 3.0])
+    torch.testing.assert_close(norm(torch.tensor([3.0, 1.0])), torch.tensor([2.0, 1.0]))
+
+
+def test_a_norm_in_bfloat16_is_rounded_before_and_after_the_weight():
+    """The square mean is not rounded, the normal is, and so is its product with the weight."""
+    norm, generator = RMSNorm(64, eps=1e-6).to(torch.bfloat16), torch.Generator().manual_seed(0)
+    norm.weight.data = torch.randn(64, generator=generator).to(torch.bfloat16)
+    x = (5 * torch.randn(200, 64, generator=generator)).to(torch.bfloat16)
+    wide = x.float()
+    normal = (wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()).to(torch.bfloat16)
+    want = (normal.float() * norm.weight.float()).to(torch.bfloat16)
+    assert (norm(x) == want).float().mean() > 0.999  # where rounding is no tie
+    once = (wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.float())
+    assert (once.to(torch.bfloat16) == want).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("name, dim, theta, exact", [
+    ("llada-8b", 16, 500000.0, True), ("llada-moe", 16, 50000.0, False),
+    ("llada2.1-mini", 8, 600000.0, False)])
+def test_angles_of_far_positions_in_a_bfloat16_model(name, dim, theta, exact):
+    """Position 300 does not exist in bfloat16, its angle must all the same.
+
+    LLaDA-8B rotates in float32. The others round cos and sin to the model's precision.
+    """
+    raw = TINY[name] | {"mask_token_id": 301, "eos_token_id": 300}
+    backbone = load_backbone(raw, random=True, dtype="bfloat16", device="cpu")
+    seen = []
+
+    class Spy(nn.Module):
+        layer = 0
+
+        def forward(self, h, context):
+            seen.append((context.cos, context.sin))
+            return h
+
+    layers = backbone.part("layers")
+    layers[0] = Spy()
+    ids = torch.ones(1, 302, dtype=torch.long)
+    backbone.blocks(backbone.embed(ids), ids > 0, 0, 1)
+    for function, table in zip((math.cos, math.sin), seen[0]):
+        assert table.dtype == (torch.float32 if exact else torch.bfloat16)
+        for position in (1, 257, 300, 301):
+            want = [function(position * theta ** (-2 * (i % (dim // 2)) / dim))
+                    for i in range(dim)]
+            assert table[position].tolist() == pytest.approx(want, abs=1e-4 if exact else 4e-3)
+
+
+def test_a_rotation_in_float32_is_rounded_once():
+    """What LLaDA-8B's queries in bfloat16 become, against the same in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 9, 16, generator=generator).to(torch.bfloat16)
+    out = rotate(x, *rotary(torch.arange(9), 16, 500000.0, torch.float32))
+    assert out.dtype == torch.bfloat16
+    for i in range(9):
+        for c in range(8):
+            angle = i * 500000.0 ** (-2 * c / 16)
+            a, b = x[0, :, i, c].double(), x[0, :, i, c + 8].double()
+            pair = (a * math.cos(angle) - b * math.sin(angle),
+                    b * math.cos(angle) + a * math.sin(angle))
+            for got, want in zip((out[0, :, i, c], out[0, :, i, c + 8]), pair):
+                torch.testing.assert_close(got.double(), want, rtol=2 ** -8, atol=1e-6)

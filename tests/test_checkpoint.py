@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from backbones.checkpoint import describe, load_backbone
+from backbones.checkpoint import choose_dtype, describe, load_backbone
 from backbones.families import FAMILIES, PUBLISHED, TINY, read_config, translate
 from backbones.lora import add_lora
 from data import read_data
@@ -209,3 +209,37 @@ def test_4bit_without_bitsandbytes_is_an_error(monkeypatch):
         tiny_backbone("llada-moe", load_4bit=True)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         train.make_optimizer(Settings(optimizer="adamw8bit"), [nn.Parameter(torch.zeros(1))])
+
+
+# ---- Precision and seeds ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("asked, stored, on_a_cpu, on_a_gpu", [
+    ("auto", {"dtype": "bfloat16"}, "bfloat16", "bfloat16"),
+    ("auto", {"torch_dtype": "bfloat16"}, "bfloat16", "bfloat16"),
+    ("auto", {"dtype": "float32"}, "float32", "bfloat16"), ("auto", {}, "float32", "bfloat16"),
+    ("float32", {"dtype": "bfloat16"}, "float32", "float32"),
+    ("bfloat16", {"dtype": "float32"}, "bfloat16", "bfloat16")])
+def test_auto_is_the_files_precision_on_a_cpu(asked, stored, on_a_cpu, on_a_gpu):
+    for device, dtype in (("cpu", on_a_cpu), ("cuda", on_a_gpu)):
+        assert choose_dtype(asked, stored, torch.device(device)) == getattr(torch, dtype)
+
+
+def test_routers_are_neither_quantised_nor_rounded():
+    """Their scores decide which expert is chosen. LLaDA2's bias stays in float32 everywhere."""
+    for name, router in (("llada-moe", "gate.weight"), ("llada2.1-mini", "gate.expert_bias")):
+        raw = TINY[name] | {"mask_token_id": 301, "eos_token_id": 300}
+        backbone = load_backbone(raw, load_4bit=True, random=True, dtype="bfloat16", device="cpu")
+        kinds = {key: value.dtype for key, value in backbone.network.state_dict().items()
+                 if key.endswith(("gate.weight", "gate.expert_bias"))}
+        wanted = torch.float32 if router.endswith("bias") else torch.bfloat16
+        assert {kind for key, kind in kinds.items() if key.endswith(router)} == {wanted}
+        assert torch.uint8 not in kinds.values() and len(kinds) >= 3
+
+
+def test_random_weights_come_from_the_seed():
+    raw = TINY["llada-8b"] | {"mask_token_id": 301, "eos_token_id": 300}
+    made = [load_backbone(raw, random=True, device="cpu", seed=seed) for seed in (1, 1, 2)]
+    one, same, other = (backbone.network.state_dict() for backbone in made)
+    for key, w in one.items():
+        assert torch.equal(w, same[key])
+        assert torch.equal(w, other[key]) == (w.dim() == 1), key

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from backbones.backbone import Backbone, build_network
 from backbones.checkpoint import load_backbone, load_weights
 from backbones.families import FAMILIES
-from backbones.lora import (add_lora, load_adapter, merge_adapter, save_adapter)
+from backbones.lora import (add_lora, load_adapter, lora_weights, merge_adapter, save_adapter)
 import memdlm
 from tiny_models import all_logits, random_batch, random_lora, tiny_backbone
 
@@ -140,3 +140,70 @@ def test_lora_gradients_reach_every_adapted_layer():
     ]
     assert not without and all(
         ("lora_" in n) == p.requires_grad for n, p in backbone.named_parameters())
+
+
+# ---- Scale, seed and scope, by hand -------------------------------------------------------------
+
+@pytest.mark.parametrize("alpha", [3.0, 12.0])
+def test_the_product_is_scaled_by_alpha_over_rank_live_and_merged(alpha, tmp_path):
+    """W + (alpha / 4) B A of one matrix, with alpha / r = 3 / 4 and 3."""
+    backbone = add_lora(tiny_backbone("llada-8b"), 4, alpha, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    for p in lora_weights(backbone).values():
+        p.data = 0.1 * torch.randn(p.shape, generator=generator)
+    save_adapter(backbone, tmp_path / "adapter")
+    path = "model.transformer.blocks.2.up_proj"
+    A, B = (load_file(tmp_path / "adapter/adapter_model.safetensors")[
+        f"base_model.model.{path}.lora_{x}.weight"].double() for x in "AB")
+    weights = tiny_backbone("llada-8b").network.state_dict()
+    W = weights[f"{path}.weight"]
+    want = W.double() + alpha / 4 * B @ A
+
+    x = torch.randn(5, 64, generator=generator)
+    live = load_adapter(tiny_backbone("llada-8b"), str(tmp_path / "adapter"))
+    for one in (backbone, live):
+        out = one.core.get_submodule(path)(x)
+        torch.testing.assert_close(out.double(), x.double() @ want.T, rtol=1e-4, atol=1e-5)
+
+    network = build_network(backbone.config)
+
+    def merged(dtype):
+        source = merge_adapter(lambda key, shape: weights[key].to(dtype), str(tmp_path / "adapter"),
+                               network, "llada-8b", FAMILIES["llada"].embed)
+        return source(f"{path}.weight", W.shape)
+
+    torch.testing.assert_close(merged(torch.float32).double(), want, rtol=1e-5, atol=1e-6)
+    # In bfloat16 the sum is rounded once. Product and sum, each rounded, would often differ.
+    (tmp_path / "adapter/base.json").unlink()
+    low = W.bfloat16()
+    once = (low.double() + alpha / 4 * B @ A).bfloat16()
+    twice = low + (alpha / 4 * B @ A).bfloat16()
+    assert (merged(torch.bfloat16) == once).float().mean() > 0.999
+    assert (twice == once).float().mean() < 0.95
+
+
+def test_the_seed_decides_a_and_b_is_zero():
+    made = [lora_weights(add_lora(tiny_backbone("llada-8b"), 4, 8.0, 0.0, seed=seed))
+            for seed in (1, 1, 2)]
+    for key, p in made[0].items():
+        assert torch.equal(p, made[1][key])
+        assert torch.equal(p, made[2][key]) == ("lora_B" in key)
+        assert bool(p.any()) == ("lora_A" in key)
+
+
+@pytest.mark.parametrize("scope, names", [
+    ("attention", {"q_proj", "k_proj", "v_proj", "attn_out"}),
+    ("all", {"q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"})])
+def test_a_scope_adapts_its_layers_of_every_block_and_not_the_head(scope, names):
+    """LLaDA-8B's head is called ff_out, like a layer of its blocks. It is left alone."""
+    keys = lora_weights(add_lora(tiny_backbone("llada-8b"), 4, 8.0, 0.0, scope))
+    stems = {key.rpartition(".lora_")[0].removeprefix("base_model.model.") for key in keys}
+    assert stems == {f"model.transformer.blocks.{i}.{name}" for i in range(4) for name in names}
+
+
+def test_a_loaded_adapter_has_the_dropout_and_precision_that_were_asked_for(tmp_path):
+    save_adapter(random_lora(tiny_backbone("llada-8b")), tmp_path / "adapter")
+    live = load_adapter(tiny_backbone("llada-8b"), str(tmp_path / "adapter"), 0.25, "bfloat16")
+    rates = {m.p for m in live.modules() if isinstance(m, torch.nn.Dropout)}
+    assert rates == {0.25}
+    assert {p.dtype for p in lora_weights(live).values()} == {torch.bfloat16}

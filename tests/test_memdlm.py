@@ -1192,6 +1192,28 @@ def test_without_steps_one_token_is_committed_at_a_time_in_blocks_too():
     assert all(len(filled) <= 1 for step in steps for filled in step)
 
 
+def test_steps_that_do_not_divide_by_the_blocks_are_rounded_down():
+    """Nine gaps in blocks of three. 8 steps: floor(8 / 3) = 2 for each block. 2 steps: one each."""
+    for steps, passes in ((8, 6), (2, 3), (9, 9)):
+        canvases = decode(Table(random_table(15)), make_batch(), block_length=3, steps=steps)
+        assert len(canvases) - 1 == passes
+
+
+def test_near_certainty_the_surer_token_still_comes_first():
+    """p = 1 - 4e-11 at the first gap and 1 - 3e-13 at the second: both are 1 in float32."""
+    logits = torch.zeros(3, V)
+    logits[1, 4], logits[2, 5] = 27.0, 32.0
+    (first,), (second,) = list_commits(decode(Table(logits), make_copies(1, 2)))
+    assert (first, second) == ({2}, {1})
+
+
+def test_sampling_noise_is_finer_than_float32():
+    """The largest of 157k numbers decides. Among multiples of 2^-24 the largest are often alike."""
+    where = torch.ones(2, 3, dtype=torch.bool)
+    noise = memdlm.sampling_noise(Table(random_table(3)), [1, 2], "tag", where)
+    assert noise.shape == (6, V) and (noise * 2 ** 24 % 1 != 0).float().mean() > 0.99
+
+
 def test_low_confidence_commits_the_most_probable_tokens_first():
     logits = 2 * random_table(15)
     batch = make_batch(SIZES[2:], SEEDS[2:])

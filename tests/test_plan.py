@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from backbones.checkpoint import load_backbone
-from backbones.families import TINY
+from backbones.families import TINY, translate
 from backbones.lora import (add_lora, lora_weights)
 from backbones.plan import kept_per_token, memory_plan, optimizer_bytes
 import memdlm
@@ -109,3 +109,35 @@ def test_small_updates_of_a_bfloat16_lora_are_not_lost():
         moved[name] = float(start - p.detach().float().mean())
     assert abs(moved["ours"] - 200 * 2e-5) < 0.1 * 200 * 2e-5 and abs(
         moved["plain"]) < 0.02 * 200 * 2e-5
+
+
+def plan_of(length=100, **changes):
+    """Bytes of phi, of the upper and the lower layers, and of logits; and of a token in a layer."""
+    s = Settings(**{**dict(model="x", dtype="float32", batch=2, rank=4, lora_rank=4), **changes})
+    config = translate(TINY["llada-8b"])
+    parts = memory_plan(config, s, length)
+    sizes = {word: size for what, size in parts for word in
+             ("successor", "with phi", "below", "logits") if word in what}
+    return [*sizes.values(), kept_per_token(config, s, 4)]
+
+
+def test_the_plan_by_hand():
+    """4 layers of width 64 and inner width 128, two samples of 100 tokens, numbers of 4 bytes.
+
+    phi has rank 4 on three matrices of one layer: 4 * (64 + 128) numbers for each. It stands there
+    with its gradient and its successor, and once for each sample that has its own.
+    """
+    matrix = 4 * (64 + 128) * 4
+    phi, upper, lower, logits, layer = plan_of()
+    assert phi == 3 * 3 * matrix
+    assert plan_of(per_sample=True)[0] == plan_of(memory_from="prompt")[0] == 2 * phi
+    assert plan_of(memory=False)[0] == 0 and plan_of(layer_fraction=0.5)[0] == 2 * phi
+
+    # The upper layer keeps what any layer keeps, and for phi the inputs of its matrices.
+    assert upper == 200 * layer + 200 * (64 + 128) * 4
+    assert plan_of(memory=False)[1] == 200 * layer
+    # Below, each of three layers keeps its input, and one at a time is made again.
+    assert lower == 3 * 200 * 64 * 4 + 200 * layer
+    assert plan_of(checkpointing=False)[2] == 3 * 200 * layer
+    # The logits of 200 tokens and 320 words, four times in 4 bytes; never more than a chunk.
+    assert logits == 200 * 320 * 16 and plan_of(10 ** 6)[3] == 2 ** 26 * 16

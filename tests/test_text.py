@@ -160,3 +160,71 @@ def test_padding_as_end_tokens_is_a_setting(tiny_models):
                                    == backbone.config.eos_id).all() and theirs.maskable[pad].all()
     assert torch.equal(theirs.x0[~pad], ours.x0[~pad]) and torch.equal(
         theirs.maskable[~pad], ours.maskable[~pad])
+
+
+# ---- What is kept of a sample -------------------------------------------------------------------
+
+@pytest.fixture
+def moe(tiny_models):
+    return load_backbone(str(tiny_models / "llada-moe"))
+
+
+def test_a_truncated_reply_keeps_its_beginning(moe):
+    """The prompt whole, and as much of the reply as fits behind it; every token of it is learned.
+
+    A reply that just fits keeps its end of turn.
+    """
+    records = [chat_turns({"prompt": "ask", "response": word}) for word in ("abcdef", "xyz")]
+    prompt, long = moe.tokenizer.chat(records[0])
+    short = moe.tokenizer.chat(records[1])[1]
+    assert (len(long), len(short)) == (7, 4)  # with the end of turn
+    data = ChatData(moe, records, max_length=len(prompt) + 4, truncate=True)
+    kept = {tuple(sample.rest) for part in data.pairs.values() for sample in part}
+    assert kept == {tuple(long[:4]), tuple(short)}
+    assert moe.tokenizer.decode(long[:4]) == "abcd" and short[-1] in moe.tokenizer.stop_ids
+    for part in data.pairs.values():
+        assert all(s.prompt == prompt and s.answer == [True] * 4 for s in part)
+
+
+def test_a_reply_ends_at_the_first_end_behind_it(tiny_models, tmp_path):
+    """This template goes on with two more turns after the reply. They are no part of it."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models / "llada-moe", folder)
+    more = "{{ '<role>HUMAN</role>more?<|role_end|><role>HUMAN</role>more?<|role_end|>' }}"
+    template = TEMPLATE + "{% if messages[-1]['role'] == 'assistant' %}" + more + "{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = load_backbone(str(folder)).tokenizer
+    assert tokenizer.templated
+    reply = tokenizer.chat(chat_turns(RECORDS[0]))[1]
+    assert tokenizer.hf.decode(reply) == "Hello.<|role_end|>"
+
+
+def test_without_a_template_all_turns_are_read(moe):
+    moe.tokenizer.templated = False
+    prompt, reply = moe.tokenizer.chat(chat_turns(RECORDS[4]))
+    assert moe.tokenizer.hf.decode(prompt) == "Be brief.\n\nWho?\n\n"
+    assert moe.tokenizer.hf.decode(reply) == "Me.<|endoftext|>"
+
+
+def test_seeds_of_data_and_split_are_two(moe):
+    """The run's seed decides the order of each epoch. Which 5 % are held out, split_seed alone."""
+    records = [chat_turns({"prompt": "p", "response": f"r{i}"}) for i in range(60)]
+    one, same, other = (ChatData(moe, records, seed=seed) for seed in (0, 0, 1))
+    assert one.pairs == same.pairs == other.pairs
+    orders = [[str(data.train(None, 0, n)) for n in range(57)] for data in (one, same, other)]
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2])
+    assert ChatData(moe, records, split_seed=1).pairs["test"] != one.pairs["test"]
+    held_out = [data_sample.rest for data_sample in one.pairs["test"]]
+    assert [one.test("held out", "test", n).rest for n in range(6)] == held_out * 2
+    assert not {str(sample) for sample in one.pairs["test"]} & set(orders[0])
+
+
+def test_a_prompt_may_fill_the_window_to_its_last_token(moe):
+    """The tiny model has room for 8192 tokens. What is asked for counts; 128 is usual."""
+    wrapped = len(moe.tokenizer.chat([{"role": "user", "content": "x"}])[0]) - 1
+    data, room = ChatData(moe), 8192 - wrapped
+    assert len(data.ask("x" * (room - 20), length=20).prompt) == 8172
+    assert data.ask("x", length=20).answer == [True] * 20
+    assert len(data.ask("x").rest) == 128
+    with pytest.raises(ValueError, match="8173 tokens, with 20 .* more than .* 8192"):
+        data.ask("x" * (room - 19), length=20)

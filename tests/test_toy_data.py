@@ -8,7 +8,9 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from data import Sample, collate
 from toy import tasks, text, tokenizer
+from toy.data import ToyData
 from toy.tokenizer import EOS, MASK, PAD, SEP
 
 LENGTHS = (16, 17, 18, 31, 32, 33, 64, 100, 333, 2048)
@@ -489,3 +491,113 @@ def test_split_pairs():
     assert text.split_pairs(pairs[:1], 0) == (pairs[:1], pairs[:1])
     with pytest.raises(ValueError, match="no pairs"):
         text.split_pairs([], 0)
+
+
+# The door to all data
+
+
+TABLE = {"dictionary": "accuracy", "retrieval": "accuracy", "languages": "nats", "prose": "nats"}
+
+
+@pytest.mark.parametrize("kind", TABLE)
+def test_held_out_samples_hang_on_name_column_and_number(kind):
+    data = ToyData(kind)
+    assert data.metric == TABLE[kind]
+    drawn = {}
+    for name in ("test", "held out"):
+        for column in list(data.columns)[:2]:
+            for number in range(3):
+                drawn[name, column, number] = str(data.test(column, name, number))
+                assert drawn[name, column, number] == str(ToyData(kind).test(column, name, number))
+    assert len(set(drawn.values())) == len(drawn)
+
+
+def test_a_column_has_the_length_that_it_says():
+    for kind, label, length in (("dictionary", "64 x2", 64), ("languages", "128", 128),
+                                ("retrieval", "location 64", 64)):
+        assert len(ToyData(kind).test(label, "test", 0).prompt) == length
+
+
+def test_training_samples_grow_harder():
+    """The last stage of the dictionary has prompts of 16 and of 32, the first only of 16."""
+    data, rng = ToyData("dictionary"), random.Random(0)
+    for progress, lengths in ((0.0, {16}), (0.99, {16, 32})):
+        assert {len(data.train(rng, progress).prompt) for _ in range(50)} == lengths
+
+
+@pytest.fixture(scope="module")
+def python_data():
+    return ToyData("python", 40, 10)
+
+
+def test_held_out_text_comes_from_held_out_documents(python_data, python_docs):
+    def found_in(sample, docs):
+        window = bytes(i - 4 for i in sample.prompt + sample.rest)
+        return any(window in data for _, data in docs)
+
+    train, test = python_docs
+    rng, split = random.Random(0), []
+    for number in range(20):
+        for sample, home in ((python_data.test("40", "test", number), test),
+                             (python_data.train(rng, 0.5), train)):
+            assert found_in(sample, home)
+            split.append(found_in(sample, train if home is test else test))
+    assert sum(split) < 10  # what stands in both, such as blank lines, is rare
+
+
+def test_pairs_that_are_held_out_are_never_trained_on(tmp_path):
+    records = [{"prompt": f"p{i}", "response": f"r{i}"} for i in range(30)]
+    path = write(tmp_path / "pairs.jsonl", *records)
+    data, rng = ToyData(str(path), 10, 8), random.Random(0)
+    trained = {tuple(data.train(rng, 0.5).prompt) for _ in range(600)}
+    tested = [tuple(data.test("10", "test", number).prompt) for number in range(6)]
+    assert len(trained) == 27 and len(set(tested[:3])) == 3 and tested[:3] == tested[3:]
+    assert not trained & set(tested)
+    # A question and a reply stand behind separators, as in training.
+    asked = data.ask("p", "q", 2)
+    assert BYTES.pieces(asked.rest)[:3] == ["<sep>", "q", "<sep>"]
+    assert asked.answer == [False, False, False, True, True]
+    assert data.ask("p").rest[0] == SEP and data.ask("p").answer == [False] + [True] * 8
+
+
+def test_what_a_user_asks():
+    """Each ? is a gap. Without one, as many gaps follow as the data is used to."""
+    data = ToyData("dictionary")
+    asked = data.ask("fox ruby owl jade", "owl ? fox ?")
+    assert tasks.WORDS.pieces(asked.prompt) == ["fox", "ruby", "owl", "jade"]
+    assert tasks.WORDS.pieces(asked.rest) == ["<sep>", "owl", "<pad>", "fox", "<pad>"]
+    assert asked.answer == [False, False, True, False, True]
+    for kind, gaps in (("dictionary", 1), ("languages", 16), ("prose", 16), ("retrieval", 1)):
+        word = "ba" if kind == "languages" else "fox"
+        assert ToyData(kind).ask(word).answer == [True] * gaps
+        assert ToyData(kind).ask(word, length=5).answer == [True] * 5
+
+
+def test_a_batch_by_hand():
+    """The two samples in the docstring of `collate`: prompt "a b", rest "? c d"; "a" and "? c"."""
+    a, b, c, d, ask = 11, 12, 13, 14, 15
+    samples = [Sample([a, b], [ask, c, d], [False, True, True]),
+               Sample([a], [ask, c], [False, True])]
+    batch = collate(samples, ["x", "y"], closed_book=False)
+    assert batch.x0.tolist() == [[a, b, ask, c, d], [a, ask, c, PAD, PAD]]
+    assert batch.maskable.int().tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0]]
+    assert batch.valid.int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert batch.prompt.tolist() == [[a, b], [a, PAD]] and batch.seeds == ["x", "y"]
+    assert batch.prompt_valid.int().tolist() == [[1, 1], [1, 0]]
+    closed = collate(samples, ["x", "y"], closed_book=True)
+    assert closed.x0.tolist() == [[ask, c, d], [ask, c, PAD]]
+    assert closed.maskable.int().tolist() == [[0, 1, 1], [0, 1, 0]]
+    assert closed.valid.int().tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert closed.prompt.tolist() == batch.prompt.tolist()
+
+
+def test_held_out_batches_are_their_samples_with_seeds_of_their_own():
+    """However a column is cut into batches, a sample and its masks are the same."""
+    data = ToyData("dictionary")
+    whole = data.tests("16 x2", range(4), False, "held out")
+    parts = [data.tests("16 x2", numbers, False, "held out") for numbers in ([0], [1, 2], [3])]
+    assert [seed for part in parts for seed in part.seeds] == whole.seeds
+    assert len(set(whole.seeds)) == 4
+    assert [x for part in parts for x in part.x0.tolist()] == whole.x0.tolist()
+    others = data.tests("32 x1", [0], False, "held out"), data.tests("16 x2", [0], False)
+    assert len({whole.seeds[0], *(other.seeds[0] for other in others)}) == 3

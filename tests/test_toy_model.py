@@ -1,0 +1,88 @@
+"""The tiny transformer against loops over positions and heads, and its initial weights."""
+import math
+
+import pytest
+import torch
+
+from toy.model import ToyConfig, ToyDLM
+
+
+def plain_forward(model, ids):
+    """Logits [n][V] of one sample: float64, one position, head and channel at a time."""
+    w = {name: p.detach().double() for name, p in model.named_parameters()}
+    heads, width = model.config.heads, model.config.width
+    size = width // heads
+
+    def norm(x, name):
+        return x / (x.square().mean() + 1e-6).sqrt() * w[name]
+
+    def shifted(rows):
+        """The left half of the channels comes from the token to the left; the first has none."""
+        half = width // 2
+        before = [torch.zeros(width).double(), *rows[:-1]]
+        return [torch.cat([b[:half], x[half:]]) for b, x in zip(before, rows)]
+
+    def turn(x, position):
+        out = x.clone()
+        for i in range(size // 2):
+            angle = position * 10000.0 ** (-2 * i / size)
+            a, b = x[i], x[i + size // 2]
+            out[i] = a * math.cos(angle) - b * math.sin(angle)
+            out[i + size // 2] = b * math.cos(angle) + a * math.sin(angle)
+        return out
+
+    h = [w["embedding.weight"][i] for i in ids]
+    for layer in range(model.num_layers):
+        at = f"layers.{layer}."
+        x, out = shifted([norm(row, at + "norm1.weight") for row in h]), []
+        q, k, v = ([w[f"{at}attn.{name}_proj.weight"] @ row for row in x] for name in "qkv")
+        for i in range(len(h)):
+            parts = []
+            for head in range(heads):
+                own = slice(head * size, (head + 1) * size)
+                scores = torch.stack([turn(q[i][own], i) @ turn(k[j][own], j) / size ** 0.5
+                                      for j in range(len(h))])
+                parts.append(sum(p * v[j][own] for j, p in enumerate(scores.softmax(0))))
+            out.append(w[at + "attn.o_proj.weight"] @ torch.cat(parts))
+        h = [row + more for row, more in zip(h, out)]
+        x = shifted([norm(row, at + "norm2.weight") for row in h])
+        gate, up, down = (w[f"{at}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        h = [row + down @ ((gate @ y) * (gate @ y).sigmoid() * (up @ y)) for row, y in zip(h, x)]
+    return torch.stack([w["lm_head.weight"] @ norm(row, "norm.weight") for row in h])
+
+
+def test_the_forward_pass_against_loops():
+    model = ToyDLM(ToyConfig(20, 1, width=16, layers=2, heads=2))
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():  # no number is alike, not even in the norms
+        p.data += 0.2 * torch.randn(p.shape, generator=generator)
+    ids = torch.tensor([[3, 7, 3, 19, 4, 0, 0]])
+    valid = torch.tensor([[True] * 5 + [False] * 2])
+    logits = model.head(model.blocks(model.embed(ids), valid, 0, None))[0, :5]
+    want = plain_forward(model, [3, 7, 3, 19, 4])
+    torch.testing.assert_close(logits.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_initial_weights_come_from_the_seed_alone():
+    config = ToyConfig(50, 1, width=64, layers=2, heads=4)
+    torch.manual_seed(1)
+    one = ToyDLM(config, 3).state_dict()
+    torch.manual_seed(2)
+    same, other = ToyDLM(config, 3).state_dict(), ToyDLM(config, 4).state_dict()
+    for name, w in one.items():
+        assert torch.equal(w, same[name])
+        assert torch.equal(w, other[name]) == (w.dim() == 1), name
+
+
+@pytest.mark.parametrize("layers", [1, 2, 8])
+def test_initial_weights_have_the_spread_of_gpt_2(layers):
+    """1 / sqrt(in), the embedding .02; what writes into the residual: less by sqrt(2 layers)."""
+    model = ToyDLM(ToyConfig(200, 1, width=64, layers=layers, heads=4))
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert (p == 1).all()
+            continue
+        std = 0.02 if name == "embedding.weight" else p.shape[1] ** -0.5
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= (2 * layers) ** 0.5
+        assert float(p.detach().std()) == pytest.approx(std, rel=0.05), name
