@@ -5,9 +5,12 @@ others have written is refused, where it cannot be read, in one line that says w
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
+import threading
 from pathlib import Path
 from zlib import crc32
 
@@ -88,3 +91,35 @@ def fetch_from_hub(name, kind, wanted, instead):
         reason = str(error).strip().splitlines()[0][:160]
         raise ValueError(f"{kind} {name!r} is not here and could not be fetched from the hub "
                          f"({reason}); give {instead}") from None
+
+
+@contextlib.contextmanager
+def bounded(seconds=3, extra=1 << 30):
+    """A stranger's program that runs within has so much CPU time and, on Linux, so much memory.
+
+    ValueError or MemoryError when it takes more. Only Python code can be stopped so, and only in
+    the main thread; elsewhere there is no bound.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or not hasattr(signal, "setitimer"):
+        yield
+        return
+    import resource
+
+    def stop(number, frame):
+        raise ValueError(f"it takes more than {seconds} s")
+
+    before, limits = signal.signal(signal.SIGVTALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
+    # The timer rings again and again, since the program may catch the first error.
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)
+    used = Path("/proc/self/statm")
+    if used.exists():
+        now = int(used.read_text().split()[0]) * resource.getpagesize() + extra
+        if limits[0] == resource.RLIM_INFINITY or now < limits[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (now, limits[1]))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGVTALRM, before)

@@ -6,13 +6,14 @@ it in a sandbox.
 from __future__ import annotations
 
 import random
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from tqdm import tqdm
 
 from backbones.families import FAMILIES
 from data import Sample, Source, clean_text, parse_record
+from files import bounded
 
 # The special tokens of all families. A tokenizer has those of its own.
 MASK_TOKENS = sorted({family.mask_token for family in FAMILIES.values()})
@@ -21,6 +22,10 @@ TURN_MARKS = {token for family in FAMILIES.values() for token in family.turn_mar
 
 
 # ---- The tokenizer ------------------------------------------------------------------------------
+
+# MiB. The largest tokenizers have some 10.
+LARGEST = {"tokenizer.json": 64, "tokenizer_config.json": 16, "chat_template.jinja": 1,
+           "special_tokens_map.json": 1}
 
 SHIELD = "\ue000"  # a character for private use: it splits a token's name and is then left out
 
@@ -34,6 +39,10 @@ class Tokenizer:
 
     def __init__(self, folder, config):
         from transformers import PreTrainedTokenizerFast
+        for name, most in LARGEST.items():
+            path = folder / name
+            if path.exists() and (not path.is_file() or path.stat().st_size > most << 20):
+                raise ValueError(f"{path} is no file of at most {most} MiB; no tokenizer is larger")
         try:
             self.hf = PreTrainedTokenizerFast.from_pretrained(folder)
         except Exception as error:  # the tokenizers library raises bare Exceptions
@@ -126,9 +135,11 @@ class Tokenizer:
         """The same as `chat`, by the chat template."""
         has_reply = messages[-1]["role"] == "assistant"
         before = messages[:-1] if has_reply else messages
+        render = partial(self.hf.apply_chat_template, tokenize=False)
         try:
-            prompt = self.hf.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
-            whole = self.hf.apply_chat_template(messages, tokenize=False) if has_reply else prompt
+            with bounded():
+                prompt = render(before, add_generation_prompt=True)
+                whole = render(messages) if has_reply else prompt
         except Exception as error:  # a template is a program: it may divide by zero
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError("the model's chat template refuses these messages: "

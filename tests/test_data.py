@@ -2,8 +2,11 @@
 import csv
 import gzip
 import json
+import os
 import re
+import resource
 import shutil
+import time
 
 import pytest
 
@@ -194,6 +197,33 @@ def test_a_template_that_fails_by_itself_is_one_line(folder):
         with pytest.raises(ValueError, match="chat template refuses") as error:
             tokenizer.chat([turn("user", "a")])
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("template", [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'a' * 20000000000 }}", "{{ 'a'.center(20000000000) }}",
+    "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"])
+def test_a_template_has_three_seconds_and_a_gigabyte(tiny_models, template):
+    tokenizer = load_backbone(str(tiny_models / "llada-moe")).tokenizer
+    good, tokenizer.hf.chat_template = tokenizer.hf.chat_template, template
+    begin, limits = time.process_time(), resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(ValueError, match="chat template refuses") as error:
+        tokenizer.chat([turn("user", "a")])
+    assert "\n" not in str(error.value) and time.process_time() - begin < 10
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+    tokenizer.hf.chat_template = good
+    assert tokenizer.chat([turn("user", "a")])
+
+
+def test_a_tokenizer_of_no_sane_size_is_refused(tiny_models, tmp_path):
+    shutil.copytree(tiny_models / "llada-moe", tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_bytes(b" " * (2 << 20))
+    with pytest.raises(ValueError, match="no file of at most 1 MiB"):
+        load_backbone(str(tmp_path / "m"))
+    (tmp_path / "m" / "chat_template.jinja").unlink()
+    os.mkfifo(tmp_path / "m" / "chat_template.jinja")
+    with pytest.raises(ValueError, match="no file of at most 1 MiB"):
+        load_backbone(str(tmp_path / "m"))
 
 
 def test_plain_text_trains_a_real_model_without_a_template(folder):
