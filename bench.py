@@ -15,8 +15,11 @@ machine.
 """
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: a Ctrl-C may come while torch is imported
+    import console
+    console.begin()
+
 import ctypes
-import json
 import platform
 import statistics
 import time
@@ -35,6 +38,7 @@ from backbones.checkpoint import describe, load_backbone
 from backbones.families import FAMILIES, PUBLISHED, TINY, translate
 from backbones.lora import add_lora, lora_targets
 from backbones.plan import memory_plan, plan_text
+from files import write_json
 from memdlm import Batch, MemDLM
 from runs import build
 from settings import Parser, REAL, Settings, add_flags, names_of, one_line, settings_from_flags
@@ -593,12 +597,11 @@ def main():
         if arguments.scale:
             return print_scale()
         result = measure_as_told(arguments, given)
-    if arguments.json:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
-        versions = {"torch": torch.__version__, "python": platform.python_version()}
-        whole = {"device": device, "versions": versions, "settings": given, **result}
-        with open(arguments.json, "w") as file:
-            json.dump(whole, file, indent=1)
+        if arguments.json:
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+            versions = {"torch": torch.__version__, "python": platform.python_version()}
+            whole = {"device": device, "versions": versions, "settings": given, **result}
+            write_json(arguments.json, whole, indent=1)
 
 
 def processor_name():

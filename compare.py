@@ -31,8 +31,9 @@ import torch
 from tqdm import tqdm
 
 import memdlm
-from files import write_json
-from runs import open_run, read_settings
+from console import printable, say
+from files import write_json, write_whole
+from runs import open_run, read_metrics, read_settings
 from settings import Settings, control_settings
 
 # How many samples are measured at once.
@@ -163,7 +164,8 @@ def measure_run(folder, samples, changes=None):
     s, data, model = open_run(folder)
     ranges = split_evenly(samples, TOY_CHUNK if s.model == "toy" else REAL_CHUNK)
     values, roles = {}, {}
-    rows = tqdm(list_rows(s, changes), desc=f"measuring {folder}", unit="row", leave=False)
+    rows = tqdm(list_rows(s, changes), desc=printable(f"measuring {folder}"), unit="row",
+                leave=False)
     for row in rows:
         if row.role:
             roles[row.role] = row.label
@@ -271,10 +273,10 @@ def print_comparison(folders, samples=100, changes=None, save_to=None, picture=N
     save_to: a path for the numbers as JSON. picture: a path for the table as a picture.
     """
     data, experiments = compare_runs(folders, samples, changes)
-    print(f"\n{format_table(data, experiments)}\n\n{state_findings(data, experiments)}\n")
+    say(f"\n{format_table(data, experiments)}\n\n{state_findings(data, experiments)}\n")
     if save_to:
         save_numbers(save_to, data, experiments, samples)
-        print(f"numbers in {save_to}")
+        say(f"numbers in {save_to}")
     if picture:
         draw_comparison(data, experiments, picture)
 
@@ -424,7 +426,7 @@ def print_exposure(folders, samples, out):
           "the model's own guesses;\nmatched: true context at the positions that the sequential "
           "path left open.\n")
     for label, curve in curves.items():
-        print(label)
+        say(label)
         print_curve("mask ratio", RATIOS, 1)
         for name in ("static", "sequential", "matched"):
             print_curve(name, curve[name])
@@ -499,13 +501,26 @@ def pyplot():
     return plt
 
 
+def save_picture(figure, path):
+    """Write a picture whole, in the format that its name ends in. Returns its path."""
+    from matplotlib import pyplot
+    path = Path(path)
+    if not path.suffix:
+        path = path.with_name(path.name + ".png")
+    try:
+        write_whole(path, lambda aside: figure.savefig(aside, format=path.suffix[1:]))
+    finally:
+        pyplot.close(figure)
+    return path
+
+
 def draw_losses(folder):
     """Draw loss.png of a run: cross-entropy per masked token, with memory and without."""
     plt = pyplot()
     if plt is None:
         return
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    if "inner" not in lines[0]:
+    lines, _ = read_metrics(folder)
+    if not any("inner" in line for line in lines):
         label, color = "no memory", COLORS["MDLM"]
     elif read_settings(folder).memory_from == "prompt":
         label, color = "with memory of the prompt", COLORS["train & inference"]
@@ -516,8 +531,7 @@ def draw_losses(folder):
     draw_loss(axes, lines, "ce_without", "without memory (theta alone)", COLORS["train-only"])
     axes.set(xlabel="step", ylabel="nats per masked token", ylim=(0, None))
     axes.legend()
-    figure.savefig(folder / "loss.png")
-    plt.close(figure)
+    save_picture(figure, folder / "loss.png")
 
 
 def draw_loss(axes, lines, key, label, color):
@@ -551,9 +565,7 @@ def draw_comparison(data, experiments, path):
                   loc="upper center", bbox_to_anchor=(0.5, -0.16))
     if data.metric == "accuracy":
         axes[0][0].set_ylim(0, 1.05)
-    figure.savefig(path)
-    plt.close(figure)
-    print(f"picture in {path}")
+    say(f"picture in {save_picture(figure, path)}")
 
 
 def draw_bars(ax, data, experiment):
@@ -592,6 +604,4 @@ def draw_exposure(curves, out):
              xlim=(1, 0.1))
     right.set(xlabel="mask ratio", ylabel="nats per masked token (dashed: static)", xlim=(1, 0.1))
     left.legend(fontsize=7)
-    figure.savefig(out)
-    plt.close(figure)
-    print(f"picture in {out}")
+    say(f"picture in {save_picture(figure, out)}")

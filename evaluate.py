@@ -14,6 +14,10 @@ commands had names go on working.
 """
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: a Ctrl-C may come while torch is imported
+    import console
+    console.begin()
+
 import inspect
 import os
 import sys

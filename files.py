@@ -1,7 +1,8 @@
 """Files: read, fetched from the hub, and written whole.
 
 What is written is never half there: a run that is killed leaves the old file or the new one. What
-others have written is refused, where it cannot be read, in one line that says what to do.
+others have written is refused, where it cannot be read, in one line that says what to do. Nothing
+is written through a link, so a stranger's folder cannot send our files elsewhere.
 """
 from __future__ import annotations
 
@@ -9,10 +10,17 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import signal
+import stat
 import threading
 from pathlib import Path
 from zlib import crc32
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # What is fetched of a model or an adapter. Nothing here can run code: no .py, no pickle.
 MODEL_FILES = [
@@ -20,34 +28,157 @@ MODEL_FILES = [
     "tokenizer*.json", "special_tokens_map.json", "chat_template.jinja", "adapter_config.json",
     "base.json",
 ]
+# The names of files that are being written: ours, and those of safetensors.
+UNFINISHED = re.compile(r"[0-9a-f]{16}\.tmp|\.tmp[0-9A-Za-z]{6}")
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 
+
+# ---- Writing ------------------------------------------------------------------------------------
 
 def write_whole(path, write):
     """Write a file so that at any moment it is either the old one or the new one.
 
-    write(path) writes to a file beside it. Once all of that is on the disk, the file is renamed.
-    If `write` fails, the old file stays and the new one is removed.
+    write(path) writes to a new file beside it. Once all of that is on the disk, the file is
+    renamed. If `write` fails, the old file stays and the new one is removed.
     """
-    aside = path.with_name(path.name + ".tmp")
+    path = Path(path)
+    refuse_special(path)
+    # Nobody can have put a link there: the name is random, and a file that exists is not opened.
+    aside = path.with_name(f"{secrets.token_hex(8)}.tmp")
+    handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINKS, 0o666)
     try:
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+        os.close(handle)
         write(aside)
-        with open(aside, "rb+") as handle:
-            os.fsync(handle.fileno())
+        os.chmod(aside, mode)  # safetensors puts a file of its own there, for the owner alone
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
+
+
+def refuse_special(path):
+    """ValueError if a file at this path would replace a folder, a device or a pipe.
+
+    /dev/stdout is a link into /proc. Other links may be replaced; what they lead to stays.
+    """
+    linked = path.is_symlink() and os.readlink(path).startswith("/proc/")
+    if linked or (path.exists() and not path.is_file()):
+        raise ValueError(f"{path} is no plain file; give another name for what is to be written")
+
+
+def sync_folder(folder):
+    """Have a new name in a folder on the disk, where the system can do that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path, text):
     """Write a text file, whole."""
-    write_whole(Path(path), lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def write_json(path, values, indent=None):
     """Write a JSON file, whole."""
     write_text(path, json.dumps(values, indent=indent) + "\n")
 
+
+def write_tensors(path, tensors, metadata):
+    """Write a safetensors file, for `write_whole`. OSError where the disk is full."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path.parent}: the weights could not be written: {error}") from None
+
+
+def append_line(path, line):
+    """Add a line to a text file, which is made if it is not there."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINKS, 0o666)
+    with open(handle, "w", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+# ---- A folder of ours ---------------------------------------------------------------------------
+
+def refuse_links(*folders):
+    """ValueError if something in these folders is a link, or neither a file nor a folder.
+
+    A file with a second name elsewhere (a hard link) counts as a link. A folder may be missing.
+    """
+    for path in list_folders(*folders):
+        try:
+            found = path.lstat()
+        except FileNotFoundError:  # another process has just renamed or removed it
+            continue
+        plain = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+        if not plain and not stat.S_ISDIR(found.st_mode):
+            raise ValueError(f"{path} is a link or a special file, which no run writes; put a "
+                             "plain file in its place, or remove it")
+
+
+def list_folders(*folders):
+    """What is in these folders, one folder after the other. A folder may be missing."""
+    for folder in folders:
+        if folder.is_dir():
+            yield from sorted(folder.iterdir())
+
+
+def remove_unfinished(*folders):
+    """Remove the files that a killed process of ours was writing."""
+    for path in list_folders(*folders):
+        if UNFINISHED.fullmatch(path.name) and stat.S_ISREG(path.lstat().st_mode):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock_folder(folder):
+    """Hold a folder. ValueError if another process holds it.
+
+    The system gives the lock back when its process ends, however it ends. Where there are no such
+    locks (Windows, some network disks), nothing is locked.
+    """
+    path = folder / "lock"
+    handle = take_lock(path) if fcntl else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            path.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def take_lock(path):
+    """Open a lock file, lock it and write our process into it. Returns the open file's number."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 20).decode("ascii", "replace").strip() or "just starting"
+            os.close(handle)
+            raise ValueError(f"{path.parent} is in use: process {holder} trains it; wait for its "
+                             "end or stop it") from None
+        except OSError:
+            pass  # a disk without locks
+        # The process before us may have removed the file between our two calls.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                os.ftruncate(handle, 0)
+                os.write(handle, f"{os.getpid()}\n".encode())
+                return handle
+        os.close(handle)
+
+
+# ---- Reading ------------------------------------------------------------------------------------
 
 def file_checksum(path):
     """CRC-32 of a file, as 8 hexadecimal digits."""

@@ -15,6 +15,10 @@ change them.
 """
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: a Ctrl-C may come while torch is imported
+    import console
+    console.begin()
+
 import os
 import sys
 import time
@@ -25,6 +29,7 @@ from tqdm import tqdm
 
 import memdlm
 from backbones.block_diffusion import MODES
+from console import printable, say
 from data import collate
 from pages import make_panel, write_animation, write_page
 from runs import open_model
@@ -133,28 +138,28 @@ def show(s, data, sample, prompt, answers, arguments, truth):
         play(answers, joiner, arguments.delay)
     book = " (the decoder does not see it)" if s.closed_book else ""
     short = prompt if len(prompt) < 400 else f"{prompt[:180]} [...] {prompt[-180:]}"
-    print(f"prompt{book}: {short}")
+    say(f"prompt{book}: {short}")
     if not all(sample.answer):
         pieces = ["?" if gap else data.tokenizer.decode([token])
                   for token, gap in zip(sample.rest, sample.answer)]
-        print(f"question: {joiner.join(piece for piece in pieces if piece)}")
+        say(f"question: {joiner.join(piece for piece in pieces if piece)}")
     for each in answers:
         path = " > ".join(f"{loss:.2f}" for loss in each.losses)
-        print(f"{each.label}: {each.text}" + (f"   [inner loss {path}]" if path else ""))
+        say(f"{each.label}: {each.text}" + (f"   [inner loss {path}]" if path else ""))
     note = ""
     if truth is not None:
         right = data.tokenizer.decode(cut_before(data.tokenizer.eos_id, truth))
         note = f"The right answer: {right}"
-        print(note)
+        say(note)
     if arguments.html:
         write_page(arguments.html, f"prompt{book}: {prompt}", answers, joiner, note)
-        print(f"page written to {arguments.html}")
+        say(f"page written to {arguments.html}")
     if arguments.svg:
         panels = [make_panel(each.label, each.frames(), truth and right_pieces(data, sample, truth))
                   for each in answers]
         heading = "Written into fast weights" + (", then hidden" if s.closed_book else "")
         write_animation(arguments.svg, heading, prompt, panels)
-        print(f"animation written to {arguments.svg}")
+        say(f"animation written to {arguments.svg}")
 
 
 def right_pieces(data, sample, truth):
@@ -187,13 +192,14 @@ def play(answers, joiner, delay):
                 print(f"\033[{height}F\033[J", end="")  # up by this many lines; clear from there
             print(f"  {number:3}  {format_frame(tail, joiner, live)}", flush=True)
             if live:
-                width = sum(len(piece) + len(joiner) for piece, _ in tail)
+                width = len(format_frame(tail, joiner, styled=False))
                 height = 1 + width // max(20, os.get_terminal_size().columns)
                 time.sleep(delay)
 
 
 def format_frame(frame, joiner, styled):
     """A frame as one line of text, styled by state or plain."""
+    frame = [(printable(piece), state) for piece, state in frame]
     if not styled:
         return joiner.join(piece for piece, _ in frame)
     return joiner.join(f"{TERMINAL_STYLES[state]}{piece}{PLAIN}" for piece, state in frame)
@@ -234,7 +240,7 @@ def chat(s, data, model, arguments):
                 prompt = line
                 sample = data.ask(prompt, length=arguments.length)
         except ValueError as error:
-            print(f"error: {error}")
+            say(f"error: {error}")
             continue
         respond(s, data, model, [sample], arguments, texts=[prompt])
 

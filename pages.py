@@ -13,6 +13,7 @@ import string
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
+from console import printable
 from files import write_text
 
 # ---- As a page ----------------------------------------------------------------------------------
@@ -73,7 +74,8 @@ def write_page(path, prompt, answers, joiner, note):
     """
     panels = [{"label": each.label, "frames": each.frames(), "joiner": joiner} for each in answers]
     script = json.dumps(panels).replace("<", "\\u003c")  # no text can close the script element
-    page = PAGE.substitute(prompt=html.escape(prompt), note=html.escape(note), panels=script)
+    page = PAGE.substitute(prompt=html.escape(printable(prompt)), note=html.escape(note),
+                           panels=script)
     write_text(path, page)
 
 
@@ -159,7 +161,8 @@ def appear(share, seconds):
 
 def text(x, y, words, color, bold=False):
     weight = ' font-weight="700"' if bold else ""
-    return f'<text x="{x:g}" y="{y:g}" fill="{color}"{weight}>{escape(words)}</text>'
+    words = escape(printable(words))  # XML has no control characters
+    return f'<text x="{x:g}" y="{y:g}" fill="{color}"{weight}>{words}</text>'
 
 
 def wrap(words, width):

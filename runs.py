@@ -7,6 +7,7 @@ A run's folder holds
     model.safetensors    what was trained, the moments of AdamW, and the step
     adapter/             of a real model with a LoRA: the same LoRA in PEFT's format
     metrics.jsonl, ...   what train.py and evaluate.py add
+    lock                 while the run is trained: the process that trains it
 
 `build` makes a model with initial weights from settings. `open_run` makes the trained model from
 a folder. A checkpoint holds only what is trained: the weights below a LoRA come from where they
@@ -14,6 +15,7 @@ came from before, and a checksum says if they are others now.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict, fields, replace
@@ -21,15 +23,19 @@ from pathlib import Path
 
 import torch
 
+import console
 from data import read_data
-from files import file_checksum, write_json, write_whole
+from files import (
+    file_checksum, lock_folder, refuse_links, remove_unfinished, write_json, write_tensors,
+    write_text, write_whole,
+)
 from memdlm import MemDLM
 from settings import Settings
 
 
 # ---- Settings -> model --------------------------------------------------------------------------
 
-def build(s, training=True, device=None, say=print):
+def build(s, training=True, device=None, say=console.say):
     """Settings -> data, MemDLM with initial weights from the seed.
 
     say(text) is called with what a user may want to know. Without `training`, a real model reads
@@ -119,12 +125,22 @@ def open_model(run, model, changes):
 
 
 def latest_run(root="runs"):
-    """The run folder whose settings were written last."""
-    found = sorted(Path(root).glob("*/settings.json"), key=lambda path: path.stat().st_mtime)
+    """The run folder that was written to last."""
+    found = [path.parent for path in Path(root).glob("*/settings.json")]
     if not found:
         raise ValueError(f"there is no run in {root}/ yet; make one with: "
                          "python train.py --model toy")
-    return found[-1].parent
+    return max(found, key=last_written)
+
+
+def last_written(folder):
+    """When a run, or its control, wrote settings, weights or metrics last, in nanoseconds."""
+    times = [0]
+    for place in (folder, folder / "control"):
+        for name in ("settings.json", "model.safetensors", "metrics.jsonl"):
+            with contextlib.suppress(OSError):  # it is not there yet
+                times.append((place / name).lstat().st_mtime_ns)
+    return max(times)
 
 
 KINDS = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
@@ -133,13 +149,14 @@ KINDS = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 def read_settings(folder):
     """The settings of a run folder. ValueError if it is none, or if they are not sound."""
     path = Path(folder) / "settings.json"
+    refuse_links(*run_folders(folder))
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         for f in fields(Settings):
             if type(values.get(f.name, f.default)) not in KINDS[f.type]:
                 raise TypeError(f"{f.name} is {values[f.name]!r}, which is no {f.type}")
         return Settings(**values)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} is not a run folder: it has no settings.json") from None
     except (json.JSONDecodeError, TypeError, AttributeError, RecursionError,
             UnicodeDecodeError) as error:
@@ -162,7 +179,6 @@ def save_checkpoint(folder, model, optimizer, step, processes=1):
 
     One file is renamed once, so these always belong together.
     """
-    from safetensors.torch import save_file
     tensors = {}
     for name, p in trained_parameters(model).items():
         tensors[f"model.{name}"] = p.detach()
@@ -179,7 +195,7 @@ def save_checkpoint(folder, model, optimizer, step, processes=1):
         save_adapter(model.backbone, folder / "adapter")
     # One entry of metadata, because the order of several in the file is random.
     metadata = {"state": json.dumps(state)}
-    write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata))
+    write_whole(folder / "model.safetensors", lambda path: write_tensors(path, tensors, metadata))
 
 
 def load_checkpoint(folder, model, optimizer=None, processes=1):
@@ -189,6 +205,7 @@ def load_checkpoint(folder, model, optimizer=None, processes=1):
     (with an optimiser) to another number of processes.
     """
     path = Path(folder) / "model.safetensors"
+    refuse_links(*run_folders(folder))
     tensors, state = read_checkpoint(path)
     before = state["processes"]
     if optimizer and before != processes:
@@ -256,23 +273,71 @@ def base_checksum(backbone):
 
 # ---- Folders ------------------------------------------------------------------------------------
 
+def run_folders(folder):
+    """The folders in which a run writes: its own, its control's, and their adapters'."""
+    folder = Path(folder)
+    control = folder / "control"
+    return folder, folder / "adapter", control, control / "adapter"
+
+
 def pick_folder(s):
-    """A new folder's path: runs/<data>[-baseline], numbered if there is one already."""
+    """Make a new folder: runs/<data>[-baseline], numbered if there is one already.
+
+    Of several processes that pick at once, each gets a folder of its own: only one can make it.
+    """
     model = "" if s.model == "toy" else Path(s.model).name + "-"
     name = model + Path(s.data).stem + ("" if s.memory else "-baseline")
     folder, number = Path("runs") / name, 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    return folder
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = Path("runs") / f"{name}-{number}"
+
+
+def whole_run(folder):
+    """The run that a folder is part of: a control lies in the folder of its run."""
+    is_control = folder.name == "control" and (folder.parent / "settings.json").exists()
+    return folder.parent if is_control else folder
+
+
+def missing_folders(folder):
+    """The folders that must be made for this one, itself first."""
+    return [place for place in (folder, *folder.parents) if not place.exists()]
+
+
+@contextlib.contextmanager
+def hold_run(folder, made=()):
+    """Lock a run's folder. ValueError if another process trains the run.
+
+    made: folders that were made for it. They go again if the start fails and leaves them empty.
+    """
+    try:
+        refuse_links(*run_folders(folder))
+        with lock_folder(folder):
+            remove_unfinished(*run_folders(folder))
+            yield
+    finally:
+        for place in made:
+            with contextlib.suppress(OSError):  # it is not empty
+                place.rmdir()
 
 
 def write_settings(s, folder):
     """Make a folder a run's. settings.json comes last: with it the folder is a run."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "origin.json").exists():
-        write_json(folder / "origin.json", find_origin(s), indent=2)
-    write_json(folder / "settings.json", asdict(s), indent=2)
+    origin = folder / "origin.json"
+    is_new = not origin.exists()
+    try:
+        if is_new:
+            write_json(origin, find_origin(s), indent=2)
+        write_json(folder / "settings.json", asdict(s), indent=2)
+    except BaseException:
+        if is_new:
+            origin.unlink(missing_ok=True)
+        raise
 
 
 def find_origin(s):
@@ -309,12 +374,69 @@ def find_run_to_resume(argument, given, anyway=False):
 
 def check_origin(folder, s):
     """ValueError if code, data or PyTorch are no longer those that the run was started with."""
-    path = folder / "origin.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    now = find_origin(s)
+    before, now = read_origin(folder), find_origin(s)
     differs = [f"{name} ({value}, now {now.get(name, 'missing')})"
                for name, value in before.items() if value != now.get(name)]
     if differs:
         raise ValueError(f"{folder} was started with another {', another '.join(differs)}: going "
                          "on would make a run that nobody can repeat. Bring that back, start "
                          "anew, or say --anyway")
+
+
+def read_origin(folder):
+    """The content of origin.json, {} if there is none. ValueError if no run wrote it."""
+    path = folder / "origin.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if not all(len(name) < 100 and len(value) < 100 for name, value in before.items()):
+            raise ValueError("too long")
+        return before
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is damaged, so nobody can tell whether code or data have "
+                         "changed; say --anyway to go on all the same") from None
+
+
+# ---- Metrics ------------------------------------------------------------------------------------
+
+def read_metrics(folder):
+    """The lines of metrics.jsonl as dicts, and how many lines there are that no run wrote.
+
+    The last line of a run that was killed may be half. It does not count.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return [], 0
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    sound = []
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, RecursionError, OverflowError):
+            sound.append(check_metrics(json.loads(line)))
+    return sound, len(lines) - len(sound)
+
+
+def check_metrics(values):
+    """A line of metrics, which holds a step, numbers and lists of numbers; else TypeError."""
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        raise TypeError("no line of metrics")
+    for value in values.values():
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) not in (int, float):
+                raise TypeError("no number")
+            float(number)  # OverflowError if no float is that large
+    return values
+
+
+def trim_metrics(folder, step):
+    """Leave in metrics.jsonl the lines before `step`: a resumed run writes the others again."""
+    path = folder / "metrics.jsonl"
+    if path.exists():
+        lines, damaged = read_metrics(folder)
+        if damaged:
+            console.say(f"{path}: {damaged} damaged lines were left out")
+        kept = [json.dumps(line) + "\n" for line in lines if 0 <= line["step"] < step]
+        write_text(path, "".join(kept))

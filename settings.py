@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, fields, replace
 
 import memdlm
+from console import printable
 from memdlm import setting
 
 GROUPS = {  # what --help says of each group of settings
@@ -238,7 +239,7 @@ class Parser(argparse.ArgumentParser):
 
 def refuse(message):
     """One line that says what is wrong, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -19,6 +19,10 @@ model adapter/, the LoRA in PEFT's format.
 """
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: a Ctrl-C may come while torch is imported
+    import console
+    console.begin(goes_on=True)
+
 import contextlib
 import json
 import math
@@ -36,10 +40,12 @@ from tqdm import tqdm
 
 import memdlm
 from compare import draw_losses, print_comparison
+from console import catch_signals, end_work, last_words, printable, say
 from data import collate
-from files import write_text
+from files import append_line
 from runs import (
-    build, find_run_to_resume, load_checkpoint, pick_folder, save_checkpoint, write_settings,
+    build, find_run_to_resume, hold_run, load_checkpoint, missing_folders, pick_folder,
+    save_checkpoint, trim_metrics, whole_run, write_settings,
 )
 from settings import (
     Parser, Settings, add_flags, control_settings, one_line, refuse, settings_from_flags,
@@ -61,9 +67,8 @@ def train(s, folder, resume, stop, processes):
     if first:
         announce(s, folder, data, parameters, processes)
     wrapped = processes.wrap(model)
-    began = time.perf_counter()
-    with open_metrics(folder if first else None, start) as metrics, \
-            tqdm(total=s.steps, initial=start, unit="step", disable=not first) as bar:
+    began, stop.in_loop = time.perf_counter(), True
+    with tqdm(total=s.steps, initial=start, unit="step", disable=not first) as bar:
         for step in range(start, s.steps):
             last = step == s.steps - 1
             report = step % s.log_every == 0 or last
@@ -84,18 +89,20 @@ def train(s, folder, resume, stop, processes):
             bar.update()
             if first and report:
                 seconds = time.perf_counter() - began
-                log_step(record, step, learning_rate(s, step), norm, seconds, metrics, bar)
+                log_step(record, step, learning_rate(s, step), norm, seconds, folder, bar)
             if first:
-                show_progress(s, data, model, step, metrics, bar)
+                show_progress(s, data, model, step, folder, bar)
             stopping = bool(processes.add_up(int(stop.signal is not None)))
             if first and ((step + 1) % s.save_every == 0 or last or stopping):
                 with one_line():
                     save_checkpoint(folder, model, optimizer, step + 1, processes.count)
-            if stopping and not last:
+            if stopping:
                 bar.close()
                 leave(folder, step, stop, first)
+    stop.in_loop = False
     if first:
-        draw_losses(folder)
+        with spare_the_run("loss.png"):
+            draw_losses(folder)
     return time.perf_counter() - began
 
 
@@ -119,6 +126,7 @@ def prepare(s, folder, resume, processes):
         start = load_checkpoint(folder, model, optimizer, processes.count)
     if processes.is_first:
         write_settings(s, folder)
+        trim_metrics(folder, start)
     return s, data, model, optimizer, start
 
 
@@ -303,7 +311,7 @@ class Processes:
     def say(self, text):
         """Print once, not once per process."""
         if self.is_first:
-            print(text)
+            say(text)
 
     def wrap(self, model):
         """The model to call in training: itself, or in DDP, which exchanges gradients."""
@@ -326,27 +334,28 @@ class Processes:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask for a stop, which the loop sees in `signal`: it saves and leaves.
+    """Ctrl-C, SIGTERM and SIGHUP ask for a stop, which the loop sees in `signal`: it saves, leaves.
 
-    A second Ctrl-C ends the program at once.
+    Outside the loop, and the second time, they end the program at once.
     """
 
     def __init__(self):
-        self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+        self.signal, self.in_loop = None, False
+        catch_signals(self)
 
     def __call__(self, number, frame):
+        if not self.in_loop:
+            end_work(number)
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
 
 def leave(folder, step, stop, first):
     """End the program after a signal, when everything is saved."""
-    run = folder.parent if folder.name == "control" else folder
+    run = whole_run(folder)
     if first:
-        print(f"stopped after step {step + 1} and saved; go on with: "
-              f"python train.py --resume {run}")
+        say(f"stopped after step {step + 1} and saved; go on with: "
+            f"python train.py --resume {run}")
     sys.exit(128 + (stop.signal or signal.SIGTERM))
 
 
@@ -355,33 +364,24 @@ def leave(folder, step, stop, first):
 def announce(s, folder, data, parameters, processes):
     """Print what is about to be trained."""
     if data.note:
-        print(data.note)
+        say(data.note)
     weights = sum(p.numel() for p in parameters)
     memory = f"memory written from the {s.memory_from}" if s.memory else "no memory"
     book = "closed" if s.closed_book else "open"
     samples = s.batch * s.accumulate * processes.count
     share = f", {processes.count} processes" if processes.count > 1 else ""
-    print(f"{folder}: {weights:,} trained weights, {memory}, {book} book, {s.steps} steps of "
-          f"{samples} samples{share}", flush=True)
+    say(f"{folder}: {weights:,} trained weights, {memory}, {book} book, {s.steps} steps of "
+        f"{samples} samples{share}")
+    sys.stdout.flush()
 
 
-def open_metrics(folder, step):
-    """metrics.jsonl for appending, without the lines that a resumed run will write again.
-
-    Without a folder: a file that forgets what is written to it.
-    """
-    if not folder:
-        return open(os.devnull, "a")
-    path = folder / "metrics.jsonl"
-    if path.exists():
-        # The last line of a run that was killed may be half.
-        whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] < step]
-        write_text(path, "".join(kept))
-    return open(path, "a", buffering=1)
+def write_metrics(folder, values):
+    """Add a line to metrics.jsonl."""
+    with one_line():
+        append_line(folder / "metrics.jsonl", json.dumps(values))
 
 
-def log_step(record, step, lr, norm, seconds, metrics, bar):
+def log_step(record, step, lr, norm, seconds, folder, bar):
     """Write one line of metrics.jsonl, and show the same numbers on the bar."""
     values = {name: torch.as_tensor(value).tolist() for name, value in record.items()}
     if "inner" in values:
@@ -393,17 +393,17 @@ def log_step(record, step, lr, norm, seconds, metrics, bar):
         shown["skipped"] = values["skipped"]
     bar.set_postfix(shown, refresh=False)
     line = {"step": step, **values, "lr": lr, "grad_norm": norm.item(), "seconds": seconds}
-    metrics.write(json.dumps(line) + "\n")
+    write_metrics(folder, line)
 
 
-def show_progress(s, data, model, step, metrics, bar):
+def show_progress(s, data, model, step, folder, bar):
     """Show a sample every --sample-every steps, and the held-out loss every --eval-every."""
     if s.sample_every and step % s.sample_every == s.sample_every - 1:
-        bar.write(describe_sample(s, data, model, step + 1))
+        bar.write(printable(describe_sample(s, data, model, step + 1)))
     if s.eval_every and (step % s.eval_every == s.eval_every - 1 or step == s.steps - 1):
         values = measure_held_out(s, data, model)
         held_out = {f"held_out_{name}": value for name, value in values.items()}
-        metrics.write(json.dumps({"step": step, **held_out}) + "\n")
+        write_metrics(folder, {"step": step, **held_out})
         shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
         bar.write(f"  held out after step {step + 1}: {shown}")
 
@@ -483,14 +483,27 @@ def main():
         if resume:
             s, folder = find_run_to_resume(resume, given, anyway)
         else:
-            s, folder = start_run(out, given)
-    stop, processes = Stop(), Processes()
+            s = settings_from_flags(given)
+    stop, processes, made = Stop(), Processes(), []
+    with contextlib.ExitStack() as held:
+        with one_line():
+            if not resume:
+                folder, made = start_run(out, s, processes)
+            if processes.is_first:  # the others write nothing
+                held.enter_context(hold_run(whole_run(folder), made))
+        train_both(s, folder, resume, stop, processes)
+
+
+def train_both(s, folder, resume, stop, processes):
+    """Train a run and its control, and show what came out."""
     seconds = train(s, folder, resume, stop, processes)
-    if s.memory and s.control:
-        print("\nnow its control: the same data and seed, without memory, with sight of the prompt")
-        seconds += train(control_settings(s), folder / "control", resume, stop, processes)
-    if processes.is_first:
-        finish(s, folder, seconds)
+    with last_words(f"stopped; the run is saved in {folder}"):
+        if s.memory and s.control:
+            processes.say("\nnow its control: the same data and seed, without memory, with sight "
+                          "of the prompt")
+            seconds += train(control_settings(s), folder / "control", resume, stop, processes)
+        if processes.is_first:
+            finish(s, folder, seconds)
 
 
 def show_plan(s):
@@ -505,26 +518,45 @@ def show_plan(s):
     print(plan_text(memory_plan(read_config(s.model), s, s.max_length), room))
 
 
-def start_run(out, given):
-    """Settings and folder of a new run. ValueError if the folder holds one already."""
-    s = settings_from_flags(given)
-    folder = Path(out or pick_folder(s))
+def start_run(out, s, processes):
+    """Make the folder of a new run. Returns it, and all folders that were made for it.
+
+    ValueError if the folder holds a run already.
+    """
+    folder = Path(out or "runs")
+    if not processes.is_first:
+        return folder, []
+    made = missing_folders(folder)
+    if not out:
+        folder = pick_folder(s)
+        return folder, [folder, *made]
     if (folder / "settings.json").exists():
         raise ValueError(f"{folder} holds a run already: --resume {folder} goes on with it, "
                          "another --out starts anew")
-    return s, folder
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, made
+
+
+@contextlib.contextmanager
+def spare_the_run(what):
+    """A finished run is saved. What cannot be drawn or written after it is told, no more."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        say(f"no {what}: {' '.join(str(error).split())}")
 
 
 def finish(s, folder, seconds):
     """Print the table of a finished run, and what one may do next."""
     if s.table_samples:
-        print_comparison([folder], s.table_samples, picture=folder / "panel.png")
+        with spare_the_run("table or panel.png"):
+            print_comparison([folder], s.table_samples, picture=folder / "panel.png")
     ask = '--prompt "..."     answer with this run'
     if s.model == "toy":
         ask = "--show     answer a prompt from this run"
-    print(f"trained in {seconds:.0f} s. Look at the pictures in {folder}; next:\n"
-          f"  python generate.py --adapt {ask}\n"
-          f"  python evaluate.py                    compare runs, with more samples")
+    say(f"trained in {seconds:.0f} s. Look at the pictures in {folder}; next:\n"
+        f"  python generate.py --adapt {ask}\n"
+        f"  python evaluate.py                    compare runs, with more samples")
 
 
 if __name__ == "__main__":

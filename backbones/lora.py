@@ -6,15 +6,13 @@ bases can have the same shapes, and an adapter fits only one of them.
 """
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from zlib import crc32
 
 import torch
 
 from backbones.families import FAMILIES
-from files import model_folder, read_json
+from files import model_folder, read_json, write_json, write_tensors, write_whole
 
 
 # ---- On a backbone ------------------------------------------------------------------------------
@@ -72,14 +70,21 @@ def weights_checksum(embedding, vectors):
 # ---- Its files ----------------------------------------------------------------------------------
 
 def save_adapter(backbone, folder):
-    """Write the adapter's folder, whole or not at all."""
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    backbone.network.save_pretrained(aside, save_embedding_layers=False)
+    """Write the adapter's folder. From the first save on, it is a whole adapter at any moment.
+
+    The weights are one file, and the other two stay as they are from one save of a run to the next.
+    So it does not matter between which files a run is killed.
+    """
+    config = backbone.network.peft_config["default"].to_dict() | {"inference_mode": True}
+    config = {key: sorted(value) if isinstance(value, set) else value
+              for key, value in config.items()}
     base = {"name": backbone.name, "checksum": backbone.weights_checksum()}
-    (aside / "base.json").write_text(json.dumps(base) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    tensors = {key: p.detach().cpu().contiguous() for key, p in lora_weights(backbone).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "adapter_config.json", config, indent=2)
+    write_json(folder / "base.json", base)
+    write_whole(folder / "adapter_model.safetensors",
+                lambda path: write_tensors(path, tensors, {"format": "pt"}))
 
 
 def read_adapter(folder, base):

@@ -24,7 +24,6 @@ import contextlib
 import json
 import multiprocessing
 import signal
-import sys
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -33,9 +32,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from console import last_words
 from files import write_json
 from paper.measures import MEASURES, read_training_curve
-from runs import open_run, read_settings
+from runs import hold_run, open_run, read_settings
 from settings import WRITTEN_FROM, Settings
 from train import Processes, train
 
@@ -238,7 +238,8 @@ def train_and_measure(s, measures, folder, size):
     """
     folder.mkdir(parents=True, exist_ok=True)
     out = {"settings": asdict(s)}
-    with open(folder / "log.txt", "w") as log, \
+    with hold_run(folder), \
+            open(folder / "log.txt", "w", encoding="utf-8", errors="backslashreplace") as log, \
             contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             train(s, folder, can_resume(folder, s), SimpleNamespace(signal=None), Processes())
@@ -249,7 +250,7 @@ def train_and_measure(s, measures, folder, size):
             out |= read_training_curve(folder)
             for name in measures:
                 out |= MEASURES[name](s, model, size)
-    write_json(folder / "measures.json", out)
+        write_json(folder / "measures.json", out)
 
 
 def can_resume(folder, s):
@@ -262,11 +263,11 @@ def can_resume(folder, s):
 
 def read_measures(folder, s):
     """The measures of a finished run with exactly these settings, or None."""
-    path = folder / "measures.json"
-    if not path.exists():
-        return None
-    measures = json.loads(path.read_text())
-    return measures if measures.pop("settings") == asdict(s) else None
+    try:
+        measures = json.loads((folder / "measures.json").read_text(encoding="utf-8"))
+        return measures if measures.pop("settings") == asdict(s) else None
+    except (FileNotFoundError, ValueError, TypeError, AttributeError, KeyError):
+        return None  # there is none yet, or it is damaged: the run is measured again
 
 
 # ---- All runs -----------------------------------------------------------------------------------
@@ -300,8 +301,9 @@ def work_through(todo, folder, size, jobs, pool, bar):
         busy = {(name, seed) for name, seed, _ in running.values()}
         for name, seed in pick_next(todo, busy)[:max(0, 2 * jobs - len(running))]:
             run = todo.pop((name, seed))
-            future = pool.submit(train_and_measure, settings_of(run, seed, folder), run.measures,
-                                 run_folder(folder, seed, name), size)
+            with block_interrupts():  # until a new process ignores them by itself
+                future = pool.submit(train_and_measure, settings_of(run, seed, folder),
+                                     run.measures, run_folder(folder, seed, name), size)
             running[future] = name, seed, run
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in finished:
@@ -337,6 +339,19 @@ def worker_pool(jobs):
     pool.shutdown()
 
 
+@contextlib.contextmanager
+def block_interrupts():
+    """Keep Ctrl-C waiting. A process that is started within never gets it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ignore_interrupts():
     """Ctrl-C reaches all processes. A worker leaves it to the one that hands out the runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -347,9 +362,6 @@ def run_claims(quick, jobs, seeds, out):
     from paper.report import write_report
     name = "quick" if quick else "full"
     size, folder = SIZES[name], Path(out) / name
-    try:
+    with last_words("stopped; the same command goes on with what is left"):
         results = run_all(size, folder, jobs, seeds or size.seeds)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on with what is left", file=sys.stderr)
-        sys.exit(130)
     return write_report(results, size, folder)
