@@ -18,6 +18,7 @@ from data import Sample, Source
 MASK_TOKENS = sorted({family.mask_token for family in FAMILIES.values()})
 TURN_ENDS = sorted({token for family in FAMILIES.values() for token in family.turn_ends})
 TURN_MARKS = {token for family in FAMILIES.values() for token in family.turn_marks}
+BREAK = "\ue000"  # stands in a text where a special token's name was broken
 
 
 # ---- The tokenizer ------------------------------------------------------------------------------
@@ -61,7 +62,15 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids of a text, without a token at its start or end."""
-        return self.hf(text, add_special_tokens=False)["input_ids"]
+        parts = self.hf(text.split(BREAK), add_special_tokens=False)["input_ids"]
+        return [i for part in parts for i in part]
+
+    def shield(self, text):
+        """The text with a break in every name of a special token: `encode` gives its characters."""
+        for token in self.hf.all_special_tokens + [self.hf.bos_token, *TURN_MARKS, *TURN_ENDS]:
+            if token in self.added:
+                text = text.replace(token, token[0] + BREAK + token[1:])
+        return text
 
     def decode(self, ids):
         """The text of ids; special tokens are skipped."""

@@ -103,6 +103,10 @@ class Bytes:
                 "which has no UTF-8 form: remove it"
             ) from None
 
+    def shield(self, text):
+        """The text itself: no text of bytes can hold a special token."""
+        return text
+
     def encode_bytes(self, data):
         """Ids of raw bytes; a window cut from a file may start inside a character."""
         return [len(SPECIALS) + byte for byte in data]
