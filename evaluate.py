@@ -75,8 +75,9 @@ def add_tasks_flags(parser):
     add("--model", help="a hub id or a folder, in place of a run")
     add("--adapt", action="store_true", help="write each prompt into fast weights first")
     add("--lengths", default="4096", help="lengths in tokens for RULER and BABILong, each on its "
-        "own [default 4096]")
-    add("--limit", type=int, help="use only this many samples of each task and length")
+        "own; BABILong has 0, 1024, 2048, 4096 ... 131072 [default 4096]")
+    add("--limit", type=float, help="use only this many samples of each task and length; below 1: "
+        "this share of them")
     add("--batch-size", type=int, default=1, help="requests decoded together [default 1]")
     add("--num-fewshot", type=int, help="examples in the prompt [default the task's]")
     add("--chat-template", action="store_true", help="put the prompt into the model's template")
@@ -99,12 +100,11 @@ def add_tasks_flags(parser):
 def tasks(arguments, changes):
     """Run tasks of lm-evaluation-harness, answered by the decoder of generate.py.
 
-    The scores go to scores.json in the folder --out, the harness's own files beside it.
+    The scores are added to scores.json in the folder --out; the harness's own files go beside it.
     """
     from paper.harness import run_tasks
-    lengths = [int(x) for x in arguments.lengths.split(",")]
-    run_tasks(arguments.tasks.split(","), lengths, arguments.out, arguments.limit,
-              arguments.num_fewshot, arguments.chat_template, arguments.include_path,
+    run_tasks(arguments.tasks.split(","), arguments.lengths.split(","), arguments.out,
+              arguments.limit, arguments.num_fewshot, arguments.chat_template, arguments.include_path,
               arguments.wait, run=arguments.run, model=arguments.model, adapt=arguments.adapt,
               batch_size=arguments.batch_size, steps=arguments.steps, mode=arguments.mode,
               max_length=arguments.max_length, mc_samples=arguments.mc_samples, **changes)
@@ -161,7 +161,8 @@ def list_runs(arguments):
 def check_arguments(arguments):
     """ValueError if a number is too small."""
     for name, least in (("samples", 2), ("jobs", 1), ("seeds", 1), ("batch_size", 1),
-                        ("mc_samples", 1), ("limit", 1), ("wait", 1)):
+                        ("mc_samples", 1), ("wait", 1), ("steps", 0), ("max_length", 0),
+                        ("num_fewshot", 0)):
         value = getattr(arguments, name, None)
         if value is not None and value < least:
             flag = "--" + name.replace("_", "-")
@@ -196,7 +197,8 @@ def main():
     if sys.argv[1:2] == ["lm_eval"]:
         from paper.harness import lm_eval_command
         del sys.argv[1]
-        return lm_eval_command()
+        with one_line():
+            return lm_eval_command()
     command, *words = respell(sys.argv[1:])
     if command in ("-h", "--help"):
         return print(__doc__.strip())

@@ -90,7 +90,8 @@ class Tokenizer:
 
     def shield(self, text):
         """A user's text in which the names of special tokens are nothing but their characters."""
-        for token in sorted(self.special_names(), key=len, reverse=True):
+        names = {*self.special_names(), *self.hf.all_special_tokens}
+        for token in sorted(names, key=len, reverse=True):
             text = text.replace(token, token[:1] + SHIELD + token[1:])
         return text
 

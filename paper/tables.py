@@ -1,17 +1,22 @@
 """The paper's tables, with our scores beside its numbers.
 
 The paper's numbers lie in results/paper.json. Ours come from the scores.json files that
-`python evaluate.py tasks` writes. A cell without a score of ours shows a dash.
+`python evaluate.py tasks` writes. A cell without a score of ours shows a dash. All scores of a line
+come from one model, with one limit and the same settings.
 """
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from paper.scores import load_scores
+
 # (trained with memory, adapted to each prompt) -> the paper's word for it. The paper lacks the
-# last one. It is the control: the same adaptation of a model that was not trained for it.
+# fourth. It is the control: the same adaptation of a model that was not trained for it. The last
+# two are models as they were published, or with an adapter from elsewhere.
 METHODS = {(False, False): "MDLM", (True, False): "train-only", (True, True): "train & inference",
-           (False, True): "MDLM, adapted"}
+           (False, True): "MDLM, adapted", (None, False): "not trained here",
+           (None, True): "not trained here, adapted"}
 
 
 def print_tables(folder):
@@ -20,47 +25,112 @@ def print_tables(folder):
     paper = json.loads(numbers.read_text())
     scores = []
     for path in sorted(Path(folder).rglob("scores.json")):
-        scores += json.loads(path.read_text())
+        scores += load_scores(path)
     for table in paper["tables"]:
         print_table(table, scores)
     print_ablations(paper["ablations"], scores)
+    print_all(scores)
     print(f"\nOurs: {len(scores)} scores from {folder}, written by evaluate.py tasks.")
 
 
 def print_table(table, scores):
-    """Print a table with a row per method. A cell says: the paper's number / ours."""
+    """Print a table with a line per method. A cell says: the paper's number / ours.
+
+    A method has several lines if several models of ours, limits or settings belong to it.
+    """
     columns = table["columns"]
     print(f"\n{table['name']} (percent; paper / ours)\n")
     print("| method | " + " | ".join(column[0] for column in columns) + " |")
     print("|---" + "|---" * len(columns) + "|")
-    for method in (*table["rows"], "MDLM, adapted"):
-        cells = []
-        for number, column in zip(table["rows"].get(method, [None] * len(columns)), columns):
-            theirs = "-" if number is None else f"{number:.2f}"
-            cells.append(f"{theirs} / {find_score(scores, table['model'], method, column, {})}")
-        print(f"| {method} | " + " | ".join(cells) + " |")
+    for method in METHODS.values():
+        ours = find_lines(scores, table["model"], method, columns, {})
+        theirs = table["rows"].get(method, [None] * len(columns))
+        if not ours and method.startswith("not trained here"):
+            continue
+        for label, cells in ours or [(method, ["-"] * len(columns))]:
+            pairs = [f"{'-' if number is None else f'{number:.2f}'} / {cell}"
+                     for number, cell in zip(theirs, cells)]
+            print(f"| {label} | " + " | ".join(pairs) + " |")
 
 
 def print_ablations(ablations, scores):
-    """Print the table of ablations, with a row per variant."""
+    """Print the table of ablations, with a line per variant, or several as in `print_table`."""
     print(f"\n{ablations['name']} (percent)\n\n| variant | paper | ours |\n|---|---|---|")
+    method = "train & inference"
     for name, settings, number in ablations["rows"]:
-        ours = find_score(scores, ablations["model"], "train & inference", ablations["column"],
-                          settings)
-        print(f"| {name} | {number:.1f} | {ours} |")
+        ours = find_lines(scores, ablations["model"], method, [ablations["column"]], settings)
+        for label, (cell,) in ours or [(method, ["-"])]:
+            print(f"| {name}{label.removeprefix(method)} | {number:.1f} | {cell} |")
 
 
-def find_score(scores, model, method, column, settings):
-    """Our score for a cell, in percent; the last if there are several, "-" if there is none.
+def find_lines(scores, model, method, columns, settings):
+    """Our lines of a table: [(label, a cell for each column)], in percent, "-" without a score.
 
-    column: [title, task, length, metric]. settings: how the run differs from the paper's defaults.
+    There is one line for each origin, so that none mixes two. Of scores with one name, in several
+    files, the last counts. columns: [title, task, length, metric] each. settings: how the runs
+    differ from the paper's defaults.
     """
-    _, task, length, metric = column
-    found = "-"
+    lines, origins = {}, {}
     for score in scores:
-        other = {name: value for name, value in score["other"].items() if name != "memory"}
-        if (score["model"] == model and METHODS[score["memory"], score["adapt"]] == method
-                and (score["task"], score["length"], score["metric"]) == (task, length, metric)
-                and other == settings):
-            found = f"{100 * score['value']:.2f}"
-    return found
+        other = {name: value for name, value in (score.get("other") or {}).items() if name != "memory"}
+        place = [score["task"], score.get("length"), score["metric"]]
+        where = [i for i, column in enumerate(columns) if column[1:] == place]
+        fits = score["model"] == model and method_of(score) == method and other == settings
+        if fits and where and score.get("filter", "none") == "none":
+            origin = json.dumps(origin_of(score), sort_keys=True)
+            origins[origin] = score
+            lines.setdefault(origin, ["-"] * len(columns))[where[0]] = show_score(score)
+    return [(show_line(method, score, alone=len(lines) == 1), lines[origin])
+            for origin, score in origins.items()]
+
+
+def method_of(score):
+    """The name of a score's method. Old rows do not know if the model was trained by a run."""
+    return METHODS[score.get("memory"), bool(score["adapt"])]
+
+
+def origin_of(score):
+    """What all scores of a line share: the model and how it was asked."""
+    return [score.get(key) for key in ("weights", "run", "adapter", "options", "limit")]
+
+
+def show_line(method, score, alone):
+    """The label of a line: its method, where it came from if not alone, and what is not usual."""
+    parts = [] if alone else [name_source(score)]
+    parts += show_settings(score.get("options"))
+    return ", ".join([method, *filter(None, parts)])
+
+
+def name_source(score):
+    """Where the model of a score came from: its run, its adapter or its weights."""
+    return score.get("run") or score.get("adapter") or score.get("weights") or ""
+
+
+def show_settings(settings):
+    """Settings by name, for a label."""
+    return [f"{name} {value}" for name, value in sorted((settings or {}).items())]
+
+
+def show_score(score):
+    """A score in percent. With a limit it says of how many samples."""
+    limited = f" ({score.get('samples')} samples)" if score.get("limit") is not None else ""
+    value = score["value"]
+    return (f"{100 * value:.2f}" if isinstance(value, (int, float)) else str(value)) + limited
+
+
+def print_all(scores):
+    """Print every score of ours, also those that are in no table of the paper."""
+    if scores:
+        print("\nAll scores of ours\n")
+        print("| task | length | metric | score | samples | model | method | settings |")
+        print("|---" * 8 + "|")
+    for score in scores:
+        model = " ".join(filter(None, [score["model"], name_source(score)]))
+        metric = ",".join([score["metric"], score.get("filter", "none")]).removesuffix(",none")
+        other = {name: value for name, value in (score.get("other") or {}).items() if name != "memory"}
+        settings = show_settings(other | (score.get("options") or {}))
+        if score.get("limit") is not None:
+            settings.append(f"limit {score['limit']}")
+        length = "" if score.get("length") is None else score["length"]
+        print(f"| {score['task']} | {length} | {metric} | {score['value']} | "
+              f"{score.get('samples')} | {model} | {method_of(score)} | {', '.join(settings)} |")

@@ -97,6 +97,10 @@ class Bytes:
         """Ids of the UTF-8 bytes of `text`; ValueError if it is not valid Unicode."""
         return self.encode_bytes(clean_text(text).encode("utf-8"))
 
+    def shield(self, text):
+        """The text itself: no text of bytes can hold a special token."""
+        return text
+
     def encode_bytes(self, data):
         """Ids of raw bytes; a window cut from a file may start inside a character."""
         return [len(SPECIALS) + byte for byte in data]
