@@ -259,3 +259,14 @@ def test_each_look_and_each_block_draws_anew():
 
 def test_modes_are_those_of_llada2_1():
     assert MODES == {"plain": (0.95, None), "speed": (0.5, 0.0), "quality": (0.7, 0.5)}
+
+
+def test_a_sample_ends_with_its_last_block():
+    """Of 40 and of 100 tokens: the first sample is decoded up to place 63, and no further."""
+    backbone = Sayer(tiny_backbone("llada2.1-mini"), F.one_hot(torch.tensor(5), 320) * 99.0)
+    x, lengths = torch.ones(2, 100, dtype=torch.long), torch.tensor([[40], [100]])
+    valid = torch.arange(100) < lengths
+    fill = valid & (torch.arange(100) >= 8)
+    *_, canvas = block_diffusion(backbone, Settings(), x, fill, valid, [0, 1])
+    assert (canvas[:, :8] == 1).all() and (canvas[0, 8:64] == 5).all()
+    assert (canvas[0, 64:] == 1).all() and (canvas[1, 8:] == 5).all()
