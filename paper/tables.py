@@ -72,7 +72,8 @@ def find_lines(scores, model, method, columns, settings):
     """
     lines, origins = {}, {}
     for score in scores:
-        other = {name: value for name, value in (score.get("other") or {}).items() if name != "memory"}
+        other = score.get("other") or {}
+        other = {name: value for name, value in other.items() if name != "memory"}
         place = [score["task"], score.get("length"), score["metric"]]
         where = [i for i, column in enumerate(columns) if column[1:] == place]
         fits = score["model"] == model and method_of(score) == method and other == settings
@@ -127,7 +128,8 @@ def print_all(scores):
     for score in scores:
         model = " ".join(filter(None, [score["model"], name_source(score)]))
         metric = ",".join([score["metric"], score.get("filter", "none")]).removesuffix(",none")
-        other = {name: value for name, value in (score.get("other") or {}).items() if name != "memory"}
+        other = score.get("other") or {}
+        other = {name: value for name, value in other.items() if name != "memory"}
         settings = show_settings(other | (score.get("options") or {}))
         if score.get("limit") is not None:
             settings.append(f"limit {score['limit']}")
