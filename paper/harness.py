@@ -201,7 +201,7 @@ class Harness:
     def prefix_id(self):
         """What stands before a text without a context: the start of text, or else its end."""
         start = self.hf.bos_token_id if self.hf else None
-        return self.tokenizer.eos_id
+        return self.tokenizer.eos_id if start is None else start
 
     def encode(self, text):
         """The tokens of a prompt, after the start of text if the tokenizer puts one there."""

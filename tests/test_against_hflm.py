@@ -92,7 +92,7 @@ def open_ours(folder, **options):
     return ours
 
 
-@pytest.fixture(scope="module", params=[None])
+@pytest.fixture(scope="module", params=[None, "<|startoftext|>"])
 def model(request, tmp_path_factory):
     """(folder, tokenizer); the second tokenizer puts a start of text before every text."""
     tokenizer = merging_tokenizer(request.param)
