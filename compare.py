@@ -179,11 +179,12 @@ def measure_run(folder, samples, changes=None):
 
 
 def split_evenly(samples, most):
-    """Ranges of at most `most` numbers that make up range(samples), of nearly equal size.
+    """Ranges of about `most` numbers that make up range(samples), of nearly equal size.
 
-    A last range of one number would be a batch of one sample, which has no other prompt.
+    None has fewer than two: a batch of one sample has no other prompt. So of an odd number of
+    samples in pairs, one range has three.
     """
-    parts = -(-samples // most)
+    parts = max(1, min(-(-samples // most), samples // 2))
     edges = [samples * i // parts for i in range(parts + 1)]
     return [range(edges[i], edges[i + 1]) for i in range(parts)]
 

@@ -91,7 +91,7 @@ def test_every_held_out_sample_has_a_mask_and_so_a_loss():
 
 def test_samples_are_split_evenly_and_none_is_lost():
     for samples, most, sizes in ((101, 50, [33, 34, 34]), (51, 50, [25, 26]), (50, 50, [50]),
-                                 (4, 2, [2, 2]), (1, 2, [1])):
+                                 (4, 2, [2, 2]), (3, 2, [3]), (5, 2, [2, 3]), (1, 2, [1])):
         ranges = split_evenly(samples, most)
         assert [len(numbers) for numbers in ranges] == sizes
         assert [i for numbers in ranges for i in numbers] == list(range(samples))
