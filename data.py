@@ -242,7 +242,7 @@ def open_hub_data(name):
     words, _, split = name.partition(":")
     parts = words.split("/")
     repo, subset = "/".join(parts[:2]), "/".join(parts[2:]) or None
-    instead = f"--data FILE, .jsonl, .json, .csv or .parquet, whose records have {TAKEN}"
+    instead = f"--data FILE.jsonl (.json, .csv, .parquet), whose records have {TAKEN}"
     folder = fetch_from_hub(repo, "dataset", [*DATA_FILES, "README.md"], instead)
     files = [path for pattern in DATA_FILES for path in sorted(folder.rglob(pattern))
              if path.name not in ("dataset_infos.json", "config.json")]
