@@ -24,6 +24,7 @@ import contextlib
 import json
 import multiprocessing
 import signal
+import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -328,7 +329,7 @@ def pick_next(todo, busy):
 def worker_pool(jobs):
     """Processes that train. Whatever stops the caller stops them too, at once."""
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"),
-                               initializer=ignore_interrupts)
+                               initializer=begin_worker)
     try:
         yield pool
     except BaseException:
@@ -352,9 +353,13 @@ def block_interrupts():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def ignore_interrupts():
-    """Ctrl-C reaches all processes. A worker leaves it to the one that hands out the runs."""
+def begin_worker():
+    """Ctrl-C reaches all processes. A worker leaves it to the one that hands out the runs.
+
+    Its bars share no lock with other processes, which would be left over when it is ended.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())
 
 
 def run_claims(quick, jobs, seeds, out):
