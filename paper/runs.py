@@ -38,7 +38,7 @@ from files import write_json
 from paper.measures import MEASURES, read_training_curve
 from runs import hold_run, open_run, read_settings
 from settings import WRITTEN_FROM, Settings
-from train import Processes, train
+from train import Diverged, Processes, train
 
 
 # ---- The plan -----------------------------------------------------------------------------------
@@ -244,8 +244,10 @@ def train_and_measure(s, measures, folder, size):
             contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             train(s, folder, can_resume(folder, s), SimpleNamespace(signal=None), Processes())
-        except SystemExit:  # the log has the reason: a loss that is not finite
+        except Diverged:
             out["diverged"] = 1.0
+        except SystemExit:
+            raise ValueError(f"{folder} could not be trained; its log.txt says why") from None
         else:
             _, _, model = open_run(folder)
             out |= read_training_curve(folder)
