@@ -521,6 +521,8 @@ def draw_losses(folder):
     if plt is None:
         return
     lines, _ = read_metrics(folder)
+    if not lines:
+        return
     if not any("inner" in line for line in lines):
         label, color = "no memory", COLORS["MDLM"]
     elif read_settings(folder).memory_from == "prompt":

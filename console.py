@@ -116,6 +116,16 @@ def catch_signals(handler):
 
 def end_work(number, frame=None):
     """End the program after a signal: one line, and no traceback."""
+    def leave(*_):
+        os._exit(128 + number)
+
+    # The exception below cleans up on its way out. A library may turn it into one of its own, or
+    # forget it, most of all while it is imported. Then the program ends without.
+    sys.excepthook = sys.unraisablehook = leave
+    signal.signal(number, leave)
+    if hasattr(signal, "SIGALRM"):  # Windows has none
+        signal.signal(signal.SIGALRM, leave)
+        signal.alarm(3)
     print(f"\n{printable(LAST_WORDS[-1])}", file=sys.stderr)
     sys.exit(128 + number)
 

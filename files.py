@@ -42,11 +42,11 @@ def write_whole(path, write):
     renamed. If `write` fails, the old file stays and the new one is removed.
     """
     path = Path(path)
-    refuse_special(path)
     # Nobody can have put a link there: the name is random, and a file that exists is not opened.
     aside = path.with_name(f"{secrets.token_hex(8)}.tmp")
-    handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINKS, 0o666)
+    refuse_special(path)
     try:
+        handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINKS, 0o666)
         mode = stat.S_IMODE(os.fstat(handle).st_mode)
         os.close(handle)
         write(aside)
@@ -54,20 +54,22 @@ def write_whole(path, write):
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):  # it has its name, or there is no such place
+            aside.unlink()
 
 
 def refuse_special(path):
-    """ValueError if a file at this path would replace a folder, a device or a pipe.
+    """OSError if a file at this path would replace a folder, a device or a pipe.
 
     /dev/stdout is a link into /proc. Other links may be replaced; what they lead to stays.
     """
     linked = path.is_symlink() and os.readlink(path).startswith("/proc/")
     if linked or (path.exists() and not path.is_file()):
-        raise ValueError(f"{path} is no plain file; give another name for what is to be written")
+        raise OSError(f"{path} is no plain file; give another name for what is to be written")
 
 
 def sync_folder(folder):
@@ -97,14 +99,17 @@ def write_tensors(path, tensors, metadata):
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
-        raise OSError(f"{path.parent}: the weights could not be written: {error}") from None
+        raise OSError(str(error)) from None
 
 
 def append_line(path, line):
     """Add a line to a text file, which is made if it is not there."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINKS, 0o666)
-    with open(handle, "w", encoding="utf-8") as file:
-        file.write(line + "\n")
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINKS, 0o666)
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror}") from None
 
 
 # ---- A folder of ours ---------------------------------------------------------------------------
@@ -163,7 +168,7 @@ def take_lock(path):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(handle, 20).decode("ascii", "replace").strip() or "just starting"
+            holder = os.read(handle, 20).decode("ascii", "replace").strip() or "?"
             os.close(handle)
             raise ValueError(f"{path.parent} is in use: process {holder} trains it; wait for its "
                              "end or stop it") from None
@@ -172,8 +177,9 @@ def take_lock(path):
         # The process before us may have removed the file between our two calls.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
-                os.ftruncate(handle, 0)
-                os.write(handle, f"{os.getpid()}\n".encode())
+                with contextlib.suppress(OSError):  # a full disk: it is locked all the same
+                    os.ftruncate(handle, 0)
+                    os.write(handle, f"{os.getpid()}\n".encode())
                 return handle
         os.close(handle)
 

@@ -237,16 +237,16 @@ class Parser(argparse.ArgumentParser):
         refuse(f"{message}; see {self.prog} --help")
 
 
-def refuse(message):
-    """One line that says what is wrong, exit code 2."""
+def refuse(message, end=SystemExit):
+    """One line that says what is wrong, exit code 2. end: the exception that ends the program."""
     print(f"error: {printable(message)}", file=sys.stderr)
-    sys.exit(2)
+    raise end(2)
 
 
 @contextlib.contextmanager
-def one_line():
+def one_line(kinds=(ValueError, OSError)):
     """Bad input within is the user's to mend: its message without the traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         refuse(" ".join(str(error).split()))

@@ -68,7 +68,8 @@ def train(s, folder, resume, stop, processes):
         announce(s, folder, data, parameters, processes)
     wrapped = processes.wrap(model)
     began, stop.in_loop = time.perf_counter(), True
-    with tqdm(total=s.steps, initial=start, unit="step", disable=not first) as bar:
+    with one_line(OSError), \
+            tqdm(total=s.steps, initial=start, unit="step", disable=not first) as bar:
         for step in range(start, s.steps):
             last = step == s.steps - 1
             report = step % s.log_every == 0 or last
@@ -94,8 +95,7 @@ def train(s, folder, resume, stop, processes):
                 show_progress(s, data, model, step, folder, bar)
             stopping = bool(processes.add_up(int(stop.signal is not None)))
             if first and ((step + 1) % s.save_every == 0 or last or stopping):
-                with one_line():
-                    save_checkpoint(folder, model, optimizer, step + 1, processes.count)
+                save_checkpoint(folder, model, optimizer, step + 1, processes.count)
             if stopping:
                 bar.close()
                 leave(folder, step, stop, first)
@@ -162,7 +162,11 @@ def check_finite(folder, step, record, norm):
     if not norm.isfinite():
         refuse(f"step {step}: loss {float(record['loss'])} and gradient norm {norm.item()} are not "
                f"finite; the checkpoint in {folder} is from before. Try a smaller --lr or "
-               "--inner-lr")
+               "--inner-lr", Diverged)
+
+
+class Diverged(SystemExit):
+    """The end of a run whose loss did not stay finite."""
 
 
 # ---- Batches ------------------------------------------------------------------------------------
@@ -377,8 +381,7 @@ def announce(s, folder, data, parameters, processes):
 
 def write_metrics(folder, values):
     """Add a line to metrics.jsonl."""
-    with one_line():
-        append_line(folder / "metrics.jsonl", json.dumps(values))
+    append_line(folder / "metrics.jsonl", json.dumps(values))
 
 
 def log_step(record, step, lr, norm, seconds, folder, bar):

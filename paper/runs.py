@@ -24,6 +24,7 @@ import contextlib
 import json
 import multiprocessing
 import signal
+import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +38,7 @@ from files import write_json
 from paper.measures import MEASURES, read_training_curve
 from runs import hold_run, open_run, read_settings
 from settings import WRITTEN_FROM, Settings
-from train import Processes, train
+from train import Diverged, Processes, train
 
 
 # ---- The plan -----------------------------------------------------------------------------------
@@ -243,8 +244,10 @@ def train_and_measure(s, measures, folder, size):
             contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             train(s, folder, can_resume(folder, s), SimpleNamespace(signal=None), Processes())
-        except SystemExit:  # the log has the reason: a loss that is not finite
+        except Diverged:
             out["diverged"] = 1.0
+        except SystemExit:
+            raise ValueError(f"{folder} could not be trained; its log.txt says why") from None
         else:
             _, _, model = open_run(folder)
             out |= read_training_curve(folder)
@@ -328,7 +331,7 @@ def pick_next(todo, busy):
 def worker_pool(jobs):
     """Processes that train. Whatever stops the caller stops them too, at once."""
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"),
-                               initializer=ignore_interrupts)
+                               initializer=begin_worker)
     try:
         yield pool
     except BaseException:
@@ -352,9 +355,13 @@ def block_interrupts():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def ignore_interrupts():
-    """Ctrl-C reaches all processes. A worker leaves it to the one that hands out the runs."""
+def begin_worker():
+    """Ctrl-C reaches all processes. A worker leaves it to the one that hands out the runs.
+
+    Its bars share no lock with other processes, which would be left over when it is ended.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())
 
 
 def run_claims(quick, jobs, seeds, out):

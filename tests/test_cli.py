@@ -1,25 +1,30 @@
 """The scripts as a user meets them: run folders, resuming, answers, tables, one-line errors."""
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from backbones.checkpoint import load_backbone
 from backbones.lora import add_lora, save_adapter
 from backbones.tiny import write_tiny
 from compare import measure_run
-from runs import open_run
+from runs import open_run, read_checkpoint
 from settings import Settings
 import torch
 from safetensors.torch import load_file
 
+import console
 import evaluate
 import memdlm
 import generate
 import train
+from toy.tokenizer import Bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -481,3 +486,174 @@ def test_closed_book_memory_is_learned(cli, tmp_path):
     _, _, values, roles = measure_run(tmp_path / "r", 100, None)
     score = {role: values[label, "16 x2"].mean().item() for role, label in roles.items()}
     assert score["own"] > 0.4 and score["other"] < 0.1 and score["alone"] < 0.1, score
+
+
+# ---- the end of work -----------------------------------------------------------------------------
+
+QUICK = [*TINY, "--width", "8", "--heads", "1", "--table-samples", "0", "--no-control"]
+
+
+@pytest.fixture
+def handlers():
+    """Handlers of signals, hooks and the alarm, as they were before the test."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    hooks = sys.excepthook, sys.unraisablehook
+    yield
+    signal.alarm(0)
+    sys.excepthook, sys.unraisablehook = hooks
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def begin_and_run(code, goes_on=True, **options):
+    """Start a Python that begins as a script does, and then runs this code."""
+    code = f"import sys, console\nconsole.begin({goes_on})\n{code}"
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
+                            env={**os.environ, "PYTHONUNBUFFERED": ""}, **options)
+
+
+@pytest.mark.parametrize("names", [
+    ["encoding"], pytest.param(["pipe", "closed"], marks=pytest.mark.slow)], ids=str)
+def test_printing_never_ends_training(tmp_path, names):
+    """An encoding without emoji, a reader that goes away, and streams that are closed."""
+    line = json.dumps({"prompt": "hi \U0001f600 there", "response": "b\xf6se \U0001f600"})
+    (tmp_path / "d.jsonl").write_text("\n".join([line] * 12))
+    command = [sys.executable, str(ROOT / "train.py"), *QUICK, "--data", "d.jsonl", "--out"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
+    line = " ".join(shlex.quote(word) for word in command)
+    shells = {"encoding": f"{line} encoding > log 2>&1", "pipe": f"{line} pipe 2>&1 | head -1",
+              "closed": f"{line} closed <&- >&- 2>&-"}
+    for name in names:
+        subprocess.run(shells[name], shell=True, cwd=tmp_path, env=environment, check=True,
+                       stdout=subprocess.DEVNULL)
+        assert len(metrics(tmp_path / name)) == 6 and (tmp_path / name / "loss.png").exists(), name
+    if "encoding" in names:
+        log = (tmp_path / "log").read_text(encoding="cp1252")
+        assert "sample at step 3" in log and "\\U0001f600" in log and "Traceback" not in log
+
+
+def test_a_reader_that_goes_away_ends_other_work_quietly():
+    code = "for i in range(100000): print(i)\nprint('done', file=sys.stderr)"
+    for goes_on, expected in ((True, (0, "done\n")), (False, (141, ""))):
+        run = begin_and_run(code, goes_on, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        run.stdout.close()
+        assert (run.wait(), run.stderr.read()) == expected
+        run.stderr.close()
+
+
+def test_output_that_cannot_be_written_is_an_error_only_where_it_is_the_work():
+    for goes_on, says in ((True, ""), (False, "error: the output could not be written")):
+        with open("/dev/full", "w") as full:
+            run = begin_and_run("print(1)", goes_on, stdout=full, stderr=subprocess.PIPE)
+        _, err = run.communicate()
+        assert run.returncode == (0 if goes_on else 2) and err.startswith(says)
+        assert bool(err) == bool(says)
+
+
+def test_closed_streams_are_not_taken_by_the_next_file(tmp_path):
+    code = ("import os\nfile = open(sys.argv[1], 'w')\nprint('lost'), os.write(1, b'lost')\n"
+            "assert file.fileno() > 2 and sys.stdin.read() == ''\nfile.write('kept')")
+    line = [sys.executable, "-c", f"import sys, console\nconsole.begin()\n{code}",
+            str(tmp_path / "o")]
+    shell = " ".join(map(shlex.quote, line)) + " <&- >&- 2>&-"
+    assert subprocess.run(shell, shell=True, cwd=ROOT).returncode == 0
+    assert (tmp_path / "o").read_text() == "kept"
+
+
+@pytest.mark.parametrize("script", ["train", "generate", "evaluate", "bench"])
+def test_a_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
+    """A false torch sends it. It lets the exception pass, or makes it another, or forgets it."""
+    send = "import os, signal, time\ntry: os.kill(os.getpid(), signal.SIGINT)\n"
+    ways = ["finally: pass", "except BaseException: raise ImportError('odd')"]
+    if script == "train":
+        ways.append("except BaseException: time.sleep(9)")
+    for way in ways:
+        (tmp_path / "torch.py").write_text(send + way)
+        run = subprocess.run([sys.executable, ROOT / f"{script}.py"], capture_output=True,
+                             text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+        assert (run.returncode, run.stderr.strip(), run.stdout) == (130, "stopped", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_save_within_training(cli, tmp_path, monkeypatch, handlers, number):
+    send = lambda s, data, model, step, *rest: step == 3 and os.kill(os.getpid(), number)
+    monkeypatch.setattr(train, "show_progress", send)
+    code, out, _ = cli(train, *QUICK, "--save-every", "100", "--out", "r")
+    assert code == 128 + number and "stopped after step 4 and saved" in out
+    assert read_checkpoint(tmp_path / "r/model.safetensors")[1]["step"] == 4
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored(cli, monkeypatch, handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    send = lambda *arguments: os.kill(os.getpid(), signal.SIGHUP)
+    monkeypatch.setattr(train, "show_progress", send)
+    assert cli(train, *QUICK, "--out", "r")[0] == 0
+
+
+@pytest.mark.parametrize("where, says", [("build", "stopped"), ("draw_losses", "is saved in r"),
+                                         ("print_comparison", "is saved in r")])
+def test_a_stop_before_and_after_the_loop_is_one_line_at_once(cli, tmp_path, monkeypatch, handlers,
+                                                              where, says):
+    if where == "draw_losses":  # of the control
+        monkeypatch.setattr(train, where, lambda folder: folder.name == "control" and
+                            os.kill(os.getpid(), signal.SIGINT))
+    else:
+        monkeypatch.setattr(train, where,
+                            lambda *_, **options: os.kill(os.getpid(), signal.SIGINT))
+    code, _, err = cli(train, *QUICK, "--control", "--table-samples", "3", "--out", "r")
+    assert code == 130 and says in err.splitlines()[-1] and "Traceback" not in err
+    assert (tmp_path / "r").exists() == (where != "build")
+
+
+def test_a_signal_in_the_last_step_is_not_forgotten(cli, tmp_path, monkeypatch, handlers):
+    send = lambda s, data, model, step, *rest: step == 5 and os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(train, "show_progress", send)
+    code, out, _ = cli(train, *QUICK, "--out", "r")
+    assert code == 130 and "stopped after step 6 and saved" in out
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert cli(train, "--resume", "r")[0] == 0
+
+
+def test_a_stop_of_the_claims_says_how_to_go_on(monkeypatch, handlers, capsys):
+    from paper import runs
+    console.catch_signals(console.end_work)
+    monkeypatch.setattr(runs, "run_all", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as stop:
+        runs.run_claims(True, 1, 1, "o")
+    assert stop.value.code == 130 and "same command goes on" in capsys.readouterr().err
+
+
+def test_a_chat_ends_with_its_input(cli, trained):
+    code, out, err = cli(generate, "--run", trained / "runs/words", "--chat", stdin="")
+    assert code == 0 and not err
+
+
+# ---- texts from elsewhere ------------------------------------------------------------------------
+
+PLAIN_TEXTS = ["a\tb\nc\r\nd", "na\xefve \u4f60\u597d \u0645\u0631\u062d\u0628\u0627",
+               "\U0001f468\u200d\U0001f469 \u05d0\u200f!", "\xa0\xad"]
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("\x1b[2J", "\\x1b[2J"), ("\x9b2J", "\\x9b2J"), ("a\rb", "a\\x0db"), ("\a\b\0\x7f", None),
+    ("\u202eabc\u2066", "\\u202eabc\\u2066"), ("\ud83d", "\\ud83d"), ("\r\r\n", "\\x0d\r\n"),
+    *((text, text) for text in PLAIN_TEXTS)])
+def test_what_would_steer_a_terminal_is_shown(text, shown):
+    assert console.printable(text) == (shown or "\\x07\\x08\\x00\\x7f")
+
+
+def test_no_text_of_a_prompt_or_a_reply_steers_the_terminal(cli, trained, tmp_path, monkeypatch):
+    evil = "x\x1b[2J\x9b\u202e\ry"
+    monkeypatch.setattr(Bytes, "decode", lambda self, ids: evil)
+    flags = ["--run", trained / "runs/bytes", "--prompt", evil, "--show", "--svg", "o.svg"]
+    code, out, err = cli(generate, *flags, "--html", "o\x1b.html")
+    assert code == 0 and out.count("x\\x1b[2J\\x9b\\u202e\\x0dy") >= 2 and "o\\x1b.html" in out
+    assert not set("\x1b\x9b\u202e\r") & set(out + err)
+    ElementTree.parse(tmp_path / "o.svg")
+    run = ["--run", trained / "runs/bytes"]
+    for flags in (["--run", evil], [*run, evil], [*run, "--trajectory", evil]):
+        line = refused(cli(generate, *flags))
+        assert "\\x1b[2J" in line and not set("\x1b\x9b\u202e\r") & set(line)
+    assert "\\x1b" in refused(cli(train, "--data", evil))

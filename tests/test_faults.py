@@ -6,19 +6,27 @@ written where it should not be; what cannot be used is refused in one line.
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
 
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from safetensors.torch import load_file, save_file
 
+import backbones.lora as lora
+import evaluate
+import files
 import generate
+import runs
 from backbones.checkpoint import load_backbone
 from backbones.families import PUBLISHED, translate
 from backbones.lora import add_lora, read_adapter, save_adapter
@@ -78,7 +86,6 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, monkeypatch):
 
     dozens of kills, half of them aimed at a checkpoint being written.
     """
-    import subprocess
     run = subprocess.run([sys.executable, crash.__file__, "--kills", "24"], capture_output=True,
                          text=True, timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -99,7 +106,6 @@ def test_the_soak_test_tells_growth_from_noise():
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_say_how_to_go_on(tmp_path, number, code):
-    import subprocess
     flags = [*crash.FLAGS, "--steps", "3000", "--save-every", "1000", "--out", "r"]
     run = subprocess.Popen([sys.executable, train.__file__, *flags], cwd=tmp_path,
                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -467,7 +473,6 @@ def test_bombs_are_refused_before_anything_is_built(cli, tmp_path, hub):
 
 
 def test_weights_that_are_not_numbers_are_refused_by_name(tmp_path, hub):
-    import shutil
     shutil.copytree(hub, tmp_path / "m")
     path = next((tmp_path / "m").glob("*00001*.safetensors"))
     tensors = load_file(path)
@@ -542,3 +547,292 @@ def test_stages_stay_within_what_may_be_masked(trajectory, steps, scale, ratio, 
         assert torch.equal(stage.x[~hidden],
                            x0[~hidden]) and stage.weight.isfinite().all() and (stage.weight
                                                                                >= 0).all()
+
+
+# ---- Run folders of strangers, and runs at once --------------------------------------------------
+
+SMALL = [*TINY, "--width", "8", "--heads", "1", "--data", "languages"]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A run that is to be copied, made once."""
+    folder = tmp_path_factory.mktemp("small")
+    s = settings_of(SMALL)
+    train.train(s, folder / "r", None, SimpleNamespace(signal=None), train.Processes())
+    return folder / "r"
+
+
+def settings_of(flags):
+    """The settings of these flags, which need no command line."""
+    parser = train.Parser()
+    train.add_flags(parser, Settings.__dataclass_fields__)
+    return train.settings_from_flags(vars(parser.parse_args(flags)))
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "fifo"])
+@pytest.mark.parametrize("name", ["settings.json", "origin.json", "model.safetensors", "lock",
+                                  "metrics.jsonl", "loss.png", "metrics.jsonl.tmp", "adapter",
+                                  "adapter/base.json", "control", "control/metrics.jsonl"])
+def test_a_run_folder_that_leads_elsewhere_is_refused(cli, tmp_path, small_run, name, kind):
+    shutil.copytree(small_run, tmp_path / "r")
+    place, victim = tmp_path / "r" / name, tmp_path / "victim"
+    place.parent.mkdir(exist_ok=True)
+    victim.write_bytes(place.read_bytes() if place.exists() else b"{}")
+    before = victim.read_bytes()
+    place.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(place)
+    elif kind == "link":
+        place.symlink_to(victim)
+    else:
+        os.link(victim, place)
+    for command in ((train, "--resume", "r"), (generate, "--run", "r"), (evaluate, "r")):
+        line = refused(cli(*command))
+        assert f"r/{name} is a link or a special file" in line
+    if name != "settings.json":
+        (tmp_path / "r/settings.json").unlink()  # it is no run, so --out may take it
+        assert "is a link or a special file" in refused(cli(train, *SMALL, "--out", "r"))
+    assert victim.read_bytes() == before
+
+
+def test_a_file_is_written_under_a_fresh_name_and_for_all_to_read(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("secret")
+    for name in ("o.tmp", "o"):
+        (tmp_path / name).symlink_to(victim)
+    for write in (lambda path: path.write_text("new"),
+                  lambda path: files.write_tensors(path, {"a": torch.zeros(2)}, {})):
+        files.write_whole(tmp_path / "o", write)
+        assert (tmp_path / "o").is_file() and not (tmp_path / "o").is_symlink()
+        assert (tmp_path / "o").stat().st_mode & 0o777 == 0o666 & ~current_umask()
+    assert victim.read_text() == "secret" and (tmp_path / "o.tmp").is_symlink()
+    with pytest.raises(OSError, match="o could not be written"):
+        files.write_text(tmp_path / "no" / "o", "new")
+    for place in (tmp_path, Path("/dev/null"), Path("/dev/stdout")):
+        with pytest.raises(OSError, match="no plain file"):
+            files.write_text(place, "new")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def current_umask():
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def test_a_name_that_is_taken_is_not_opened(tmp_path, monkeypatch):
+    """Even a stranger who guessed the random name would not be written to."""
+    (tmp_path / "victim").write_text("secret")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "00" * size)
+    (tmp_path / f"{'00' * 8}.tmp").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="File exists"):
+        files.write_text(tmp_path / "o", "new")
+    assert (tmp_path / "victim").read_text() == "secret" and not (tmp_path / "o").exists()
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(cli, tmp_path, small_run):
+    shutil.copytree(small_run, tmp_path / "r")
+    ours = ["0123456789abcdef.tmp", ".tmpAb3dEf", "control/00000000000000ff.tmp"]
+    theirs = ["mine.tmp", "0123.tmp", "0123456789abcdef.tmp2", "control/notes"]
+    (tmp_path / "r/control").mkdir()
+    for name in ours + theirs:
+        (tmp_path / "r" / name).write_text("x")
+    (tmp_path / "r/00112233445566ff.tmp").mkdir()
+    assert cli(train, "--resume", "r")[0] == 0
+    left = {str(path.relative_to(tmp_path / "r")) for path in (tmp_path / "r").rglob("*")}
+    assert not left & set(ours) and left >= {*theirs, "00112233445566ff.tmp"} and "lock" not in left
+
+
+def test_starts_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        folders = set(pool.map(lambda _: runs.pick_folder(Settings()), range(8)))
+    assert len(folders) == 8 and Path("runs/dictionary-8") in folders
+
+
+@pytest.mark.parametrize("out", [["--out", "a/b"], []])
+def test_a_start_that_fails_leaves_nothing(cli, tmp_path, monkeypatch, out):
+    refused(cli(train, *SMALL, *out, "--data", "nowhere.jsonl"))
+    refused(cli(train, *SMALL, *out, "--heads", "3"))
+    with monkeypatch.context() as patch:
+        write = runs.write_json
+        patch.setattr(runs, "write_json", lambda path, *rest, **options: write(path, *rest)
+                      if path.name == "origin.json" else write(Path("no/such"), *rest))
+        refused(cli(train, *SMALL, *out))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a/b").mkdir(parents=True)
+    refused(cli(train, *SMALL, "--out", "a/b", "--data", "nowhere.jsonl"))
+    assert (tmp_path / "a/b").is_dir()
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(cli, tmp_path, small_run):
+    shutil.copytree(small_run, tmp_path / "r")
+    shutil.copytree(small_run, tmp_path / "r/control")
+    begun, child = os.pipe(), os.fork()
+    if child == 0:  # it holds the run until it is killed
+        with runs.hold_run(tmp_path / "r"):
+            os.write(begun[1], b"x")
+            time.sleep(60)
+            os._exit(1)
+    os.read(begun[0], 1)
+    for folder in ("r", "r/control"):
+        line = refused(cli(train, "--resume", folder))
+        assert f"process {child} trains it" in line
+    assert cli(generate, "--run", "r")[0] == 0
+    (tmp_path / "r/settings.json").rename(tmp_path / "s")
+    assert f"process {child} trains it" in refused(cli(train, *SMALL, "--out", "r"))
+    (tmp_path / "s").rename(tmp_path / "r/settings.json")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (tmp_path / "r/lock").exists()
+    assert cli(train, "--resume", "r")[0] == 0 and not (tmp_path / "r/lock").exists()
+
+
+def test_without_locks_of_the_system_nothing_is_locked(cli, tmp_path, small_run, monkeypatch):
+    shutil.copytree(small_run, tmp_path / "r")
+    monkeypatch.setattr(files, "fcntl", None)
+    assert cli(train, "--resume", "r")[0] == 0
+
+
+def test_only_the_first_process_makes_a_folder_and_locks_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    second = SimpleNamespace(is_first=False)
+    assert train.start_run(None, Settings(), second)[1] == [] and not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of two megabytes, whose free bytes can be set."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+
+    def leave_free(size):
+        (folder / "fill").unlink(missing_ok=True)
+        free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+        (folder / "fill").write_bytes(b"\0" * (free - size))
+    yield folder, leave_free
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_disk_that_is_full_costs_the_file_that_is_written_and_no_more(cli, small_disk):
+    folder, leave_free = small_disk
+    for free, left in ((0, None), (4096, None), (8192, None),
+                       (12288, {"settings.json", "origin.json", "metrics.jsonl"}),
+                       (40960, {"settings.json", "origin.json", "metrics.jsonl"})):
+        leave_free(free)
+        code, out, err = cli(train, *SMALL, "--out", folder / "r")
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert code == 2 and len(lines) == 1 and "No space left" in lines[0], (free, err)
+        assert lines[0].startswith(f"error: {folder / 'r'}/") and err.endswith(lines[0] + "\n")
+        names = {path.name for path in (folder / "r").iterdir()} if left else None
+        assert names == left if left else not (folder / "r").exists()
+        shutil.rmtree(folder / "r", ignore_errors=True)
+
+
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(cli, small_disk, monkeypatch):
+    folder, leave_free = small_disk
+    show = train.show_progress
+    def fill(s, data, model, step, *rest):
+        show(s, data, model, step, *rest)
+        if step == 3:  # after the first checkpoint
+            leave_free(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "show_progress", fill)
+        code, _, err = cli(train, *SMALL, "--out", folder / "r")
+    assert code == 2 and "No space left" in err and "Traceback" not in err
+    (folder / "fill").unlink()
+    assert cli(train, "--resume", folder / "r")[0] == 0
+    assert [line["step"] for line in crash.metrics(folder / "r")] == list(range(6))
+
+
+def test_a_picture_that_cannot_be_written_does_not_cost_the_run(cli, small_disk, monkeypatch):
+    folder, leave_free = small_disk
+    save = train.save_checkpoint
+    def fill(run, model, optimizer, step, *rest):
+        save(run, model, optimizer, step, *rest)
+        if step == 6:
+            leave_free(0)
+    monkeypatch.setattr(train, "save_checkpoint", fill)
+    code, out, err = cli(train, *SMALL, "--table-samples", "2", "--out", folder / "r")
+    assert code == 0 and "no loss.png: " in out and "No space left" in out, out
+    assert "nothing (theta alone)" in out and "python generate.py" in out
+    assert crash.saved_step(folder / "r") == 6
+    assert not (folder / "r/panel.png").exists() and not list((folder / "r").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"a": 1}', '{"torch": null}', "\xff",
+                                  "[" * 100_000, '{"a": "' + "x" * 1000 + '"}'])
+def test_a_damaged_origin_is_named_and_need_not_block(cli, tmp_path, small_run, text):
+    shutil.copytree(small_run, tmp_path / "r")
+    (tmp_path / "r/origin.json").write_text(text, encoding="latin-1")
+    line = refused(cli(train, "--resume", "r"))
+    assert "origin.json is damaged" in line and "--anyway" in line and len(line) < 400
+    assert cli(train, "--resume", "r", "--anyway")[0] == 0
+
+
+def test_damaged_lines_of_metrics_are_left_out(cli, tmp_path, small_run):
+    shutil.copytree(small_run, tmp_path / "r")
+    path = tmp_path / "r/metrics.jsonl"
+    sound = path.read_bytes()
+    odd = [b"3", b"[]", b"null", b"{}", b'{"step": "1"}', b'{"step": true, "ce": 1}', b"\xff\xfe",
+           b'{"step": 1, "ce": "x"}', b'{"step": 1, "inner": [[1]]}', b'{"step": 1.5}', b"",
+           b'{"step": 1, "ce": 1' + b"0" * 400 + b"}", b"[" * 100_000, b'{"step": 1, "a": 1' + b"0"
+           * 5000 + b"}"]
+    for lines in (odd, [b'{"step": -3}', b'{"step": 7}', b'{"step": 1' + b"0" * 30 + b"}"]):
+        path.write_bytes(b"\n".join(lines) + b"\n" + sound + b'{"half": ')
+        code, out, _ = cli(train, "--resume", "r")
+        assert code == 0 and path.read_bytes() == sound
+        assert (f"{len(odd)} damaged lines were left out" in out) == (lines is odd)
+    path.unlink()
+    assert cli(train, "--resume", "r")[0] == 0  # there is nothing to draw
+
+
+def test_the_latest_run_is_the_one_written_to_last(tmp_path):
+    names = ["settings.json", "model.safetensors", "metrics.jsonl", "control/metrics.jsonl"]
+    for run in ("a", "b"):
+        (tmp_path / run / "control").mkdir(parents=True)
+        for name in names:
+            (tmp_path / run / name).write_text("x")
+            os.utime(tmp_path / run / name, (100, 100))
+    for seconds, name in enumerate(names, 101):
+        for run in ("a", "b"):
+            os.utime(tmp_path / run / name, (2 * seconds, 2 * seconds))
+            assert runs.latest_run(tmp_path) == tmp_path / run
+            os.utime(tmp_path / run / "loss.png" if (tmp_path / run / "loss.png").exists()
+                     else tmp_path / run, (9999, 9999))  # pictures do not count
+
+
+def test_an_adapter_is_whole_at_every_moment(tmp_path, hub, monkeypatch):
+    """At each rename the adapter can be read; and a save that fails leaves the one before."""
+    backbone = add_lora(load_backbone(str(hub)), 4, 8.0, 0.0, scope="attention")
+    save_adapter(backbone, tmp_path / "a")
+    before, moments = read_adapter(str(tmp_path / "a"), "m")[1], []
+    with torch.no_grad():
+        for p in backbone.parameters():
+            p += p.requires_grad
+    replace = os.replace
+
+    def watch(source, target):
+        raw, tensors = read_adapter(str(tmp_path / "a"), "m")
+        moments.append(Path(target).name)
+        assert raw["made_for"] and all(torch.equal(tensors[key], before[key]) for key in before)
+        if len(moments) == 6:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", watch)
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "write_tensors", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            save_adapter(backbone, tmp_path / "a")
+    moments.append("")
+    with pytest.raises(OSError, match="No space"):
+        save_adapter(backbone, tmp_path / "a")
+    save_adapter(backbone, tmp_path / "a")
+    assert moments[-1] == "adapter_model.safetensors"
+    after = read_adapter(str(tmp_path / "a"), "m")[1]
+    assert all(torch.equal(after[key], before[key] + 1) for key in before)
+    assert len(list((tmp_path / "a").iterdir())) == 3
