@@ -103,16 +103,18 @@ def read_temperature(options):
     where do_sample is not given.
     """
     sample, temperature = options.get("do_sample"), options.get("temperature")
-    temperature = 0.0 if temperature is None else temperature
-    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-    if not number or not 0 <= temperature < math.inf:
+    try:
+        number = 0.0 if temperature is None else float(temperature)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(temperature, bool) or not 0 <= number < math.inf:
         raise ValueError(f"temperature is {temperature!r}; it must be a number of 0 or more")
     if sample not in (None, True, False):
         raise ValueError(f"do_sample is {sample!r}; it must be True or False")
-    if sample and not temperature:
+    if sample and not number:
         raise ValueError("do_sample is True, but the temperature is 0; give a temperature above "
                          "0, or leave do_sample out")
-    return 0.0 if sample is False else float(temperature)
+    return 0.0 if sample is False else number
 
 
 def check_options(options, temperature):
@@ -166,7 +168,8 @@ class Harness:
         self.max_length = check_number("max_length", max_length or 0, 0)
         self.steps = check_number("steps", steps or 0, 0)
         self.seed = check_number("seed", seed, -2 ** 63, 2 ** 63)
-        self.adapt, self.mode, self.template = bool(adapt), mode, None
+        self.adapt, self.mode = bool(adapt), mode
+        self.template, self.left_out = None, False  # of chats: the template, if one was chosen
         check_settings_of_loading(settings)
         self.run = Path(run or latest_run()) if run or not model else None
         self.s, self.data, self.model = open_model(self.run, model, settings)
@@ -301,7 +304,9 @@ class Harness:
             if len(others) == len(turns):
                 raise
             text = self.render(others, add_generation_prompt)
-            print(f"note: {error}; the system turn is left out", file=sys.stderr)
+            if not self.left_out:
+                print(f"note: {error}; system turns are left out", file=sys.stderr)
+            self.left_out = True
             return text
 
     def render(self, turns, add_generation_prompt):

@@ -72,10 +72,10 @@ def find_lines(scores, model, method, columns, settings):
     """
     lines, origins = {}, {}
     for score in scores:
-        other = {name: value for name, value in (score.get("other") or {}).items() if name != "memory"}
         place = [score["task"], score.get("length"), score["metric"]]
         where = [i for i, column in enumerate(columns) if column[1:] == place]
-        fits = score["model"] == model and method_of(score) == method and other == settings
+        fits = score["model"] == model and method_of(score) == method
+        fits = fits and not_the_papers(score) == settings
         if fits and where and score.get("filter", "none") == "none":
             origin = json.dumps(origin_of(score), sort_keys=True)
             origins[origin] = score
@@ -89,6 +89,12 @@ def method_of(score):
     return METHODS[score.get("memory"), bool(score["adapt"])]
 
 
+def not_the_papers(score):
+    """The method's settings that are not the paper's. The method's name says if it has memory."""
+    other = score.get("other") or {}
+    return {name: value for name, value in other.items() if name != "memory"}
+
+
 def origin_of(score):
     """What all scores of a line share: the model and how it was asked."""
     return [score.get(key) for key in ("weights", "run", "adapter", "options", "limit")]
@@ -98,6 +104,8 @@ def show_line(method, score, alone):
     """The label of a line: its method, where it came from if not alone, and what is not usual."""
     parts = [] if alone else [name_source(score)]
     parts += show_settings(score.get("options"))
+    if score.get("limit") is not None:
+        parts.append(f"limit {score['limit']}")
     return ", ".join([method, *filter(None, parts)])
 
 
@@ -127,8 +135,7 @@ def print_all(scores):
     for score in scores:
         model = " ".join(filter(None, [score["model"], name_source(score)]))
         metric = ",".join([score["metric"], score.get("filter", "none")]).removesuffix(",none")
-        other = {name: value for name, value in (score.get("other") or {}).items() if name != "memory"}
-        settings = show_settings(other | (score.get("options") or {}))
+        settings = show_settings(not_the_papers(score) | (score.get("options") or {}))
         if score.get("limit") is not None:
             settings.append(f"limit {score['limit']}")
         length = "" if score.get("length") is None else score["length"]

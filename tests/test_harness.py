@@ -22,6 +22,7 @@ import train
 from backbones.tiny import write_tiny
 from data import Sample
 from paper.harness import make_harness_class, read_scores, task_metadata
+from paper.scores import add_scores, load_scores
 from paper.tables import print_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,15 +233,30 @@ def test_a_ruler_task_that_cannot_fit_ends_in_one_line(place, tmp_path):
     assert "Traceback" not in err
 
 
-def test_ruler_reports_lengths_that_it_did_not_measure_and_these_are_left_out():
+def test_every_score_of_the_harness_is_kept_under_its_own_name():
+    """All metrics, filters, groups and errors, also scores below zero.
+
+    RULER reports lengths that it did not measure as -1. These are no scores.
+    """
     ruler = {"alias": "x", "sample_len": 2, "1024,none": 0.4, "1024_stderr,none": "N/A",
              "4096,none": -1}
-    results = {"results": {"ruler_vt": ruler,
-                           "babilong_qa1": {"acc,none": 0.5, "acc_stderr,none": 0.1}},
+    maths = {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.1,
+             "exact_match,flexible": 0.5, "exact_match_stderr,flexible": "N/A",
+             "gain,none": -1.0, "4096,none": -1, "my_stderr,none": 0.3, "bits,none": None}
+    results = {"results": {"ruler_vt": ruler, "maths": maths, "all": {"acc,none": 0.5,
+                                                                      "sample_len": 7}},
                "n-samples": {"ruler_vt": {"effective": 5, "original": 500}}}
     assert read_scores(results, 1024) == [
         {"task": "ruler_vt", "metric": "1024", "value": 0.4, "samples": 5},
-        {"task": "babilong_qa1", "metric": "acc", "value": 0.5, "samples": None}]
+        {"task": "maths", "metric": "exact_match", "value": 0.25, "samples": None,
+         "filter": "strict", "stderr": 0.1},
+        {"task": "maths", "metric": "exact_match", "value": 0.5, "samples": None,
+         "filter": "flexible"},
+        {"task": "maths", "metric": "gain", "value": -1.0, "samples": None},
+        {"task": "maths", "metric": "4096", "value": -1, "samples": None},
+        {"task": "maths", "metric": "my_stderr", "value": 0.3, "samples": None},
+        {"task": "maths", "metric": "bits", "value": None, "samples": None},
+        {"task": "all", "metric": "acc", "value": 0.5, "samples": 7}]
 
 
 def test_each_suite_is_told_its_length_in_its_own_way():
@@ -248,6 +264,52 @@ def test_each_suite_is_told_its_length_in_its_own_way():
     assert task_metadata("niah_multivalue", 4096, "t") == ruler
     assert task_metadata("babilong_longctx", 32768, "t") == {"max_seq_lengths": "32k"}
     assert task_metadata("longbench_trec", 4096, "t") == {}
+
+
+# ---- What is refused, before anything is loaded -------------------------------------------------
+
+@pytest.mark.parametrize("task, lengths, wrong", [
+    ("babilong_qa1", "1500", 1500), ("babilong_longctx", "4096,1023", 1023),
+    ("babilong_qa6", "4096", 4096), ("babilong", "1024", 1024), ("ruler_vt", "0", 0)])
+def test_a_length_that_a_task_does_not_have_is_refused(cli, task, lengths, wrong):
+    """Before the model is looked for: there is none of this name."""
+    line = refused(cli(evaluate, "tasks", task, "--model", "no/where", "--lengths", lengths))
+    assert f"{task} has no length {wrong}; it has " in line
+
+
+@pytest.mark.parametrize("flags, part", [
+    ("--lengths 4k", "a length is '4k'"), ("--lengths 4096,", "a length is ''"),
+    ("--lengths=-1", "a length is -1"), ("--limit 0", "limit"), ("--limit 2.5", "limit"),
+    ("--limit nan", "limit"), ("--limit -0.5", "limit"), ("--num-fewshot -1", "--num-fewshot is"),
+    ("--wait 0", "--wait is 0"), ("--batch-size 0", "--batch-size is 0"), ("--steps -1", "--steps"),
+    ("--mc-samples 0", "--mc-samples is 0"), ("--max-length -5", "--max-length is -5"),
+    ("--wait 99999999999", "wait is 99999999999"), ("runs/a", "not both")])
+def test_numbers_out_of_their_range_are_refused(cli, flags, part):
+    words = ["tasks", "babilong_qa1", "--model", "no/where", *flags.split()]
+    assert part in refused(cli(evaluate, *words))
+
+
+@pytest.mark.parametrize("options, part", [
+    ({"batch_size": "auto"}, "batch_size is 'auto'"), ({"batch_size": "auto:4"}, "'auto:4'"),
+    ({"batch_size": 0}, "batch_size is 0"), ({"batch_size": "two"}, "batch_size is 'two'"),
+    ({"mc_samples": 0}, "mc_samples is 0"), ({"mc_samples": 1.5}, "mc_samples is 1.5"),
+    ({"steps": -1}, "steps is -1"), ({"max_length": -1}, "max_length is -1"),
+    ({"seed": "x"}, "seed is 'x'"), ({"adapt": "yes"}, "adapt is 'yes'"),
+    ({"mode": "fast"}, "mode is 'fast'"), ({"pretrained": "x"}, "unknown argument 'pretrained'"),
+    ({"lr": 0.1}, "unknown argument 'lr'"), ({"inner_lr": "big"}, "inner_lr is 'big'"),
+    ({"rank": -1}, "rank is -1"), ({"rank": 4.5}, "rank is 4.5"), ({"mode": "speed"}, "LLaDA2.x"),
+    ({"run": "runs/a"}, "not both"), ({"closed_book": True}, "unknown argument 'closed_book'")])
+def test_arguments_of_the_model_are_known_and_in_range(place, options, part):
+    with pytest.raises(ValueError, match=part) as error:
+        make_harness_class()(model=str(place / "llada-moe"), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_harness_passes_on_its_own_is_taken(place):
+    model = make_harness_class().create_from_arg_string(
+        f"model={place / 'llada-moe'},rank=4,alpha=8.0,adapt=True",
+        {"batch_size": "3", "max_batch_size": 64, "device": "cuda:0", "trust_remote_code": True})
+    assert model.batch_size == 3 and model.adapt is True and model.s.rank == 4
 
 
 # ---- The command line of evaluate.py ------------------------------------------------------------
@@ -277,6 +339,62 @@ def test_old_spellings_go_on_working(old, new):
     assert evaluate.respell(old.split()) == new.split()
 
 
+# ---- scores.json ------------------------------------------------------------------------------
+
+ROW = {"task": "babilong_qa1", "metric": "acc", "length": 1024, "model": "LLaDA-MoE",
+       "weights": "w", "run": "runs/a", "adapter": None, "memory": True, "adapt": True, "other": {},
+       "options": {}, "limit": None, "value": 0.5, "samples": 9, "longest": 1000, "cut": 0}
+
+
+@pytest.mark.parametrize("change", [
+    {"task": "babilong_qa2"}, {"metric": "f1"}, {"filter": "strict"}, {"length": 2048},
+    {"weights": "v"}, {"run": "runs/b"}, {"adapter": "x"}, {"memory": False}, {"adapt": False},
+    {"other": {"inner_lr": 0.3}}, {"options": {"chat_template": True}}, {"limit": 2}], ids=str)
+def test_only_a_score_of_the_same_name_is_replaced(tmp_path, change):
+    path = tmp_path / "new" / "scores.json"
+    add_scores(path, [ROW])
+    add_scores(path, [ROW | change])
+    assert load_scores(path) == [ROW, ROW | change]
+    again = ROW | {"value": 0.25, "samples": 8, "longest": 2, "cut": 1, "stderr": 0.1}
+    add_scores(path, [again])
+    assert load_scores(path) == [ROW | change, again]
+
+
+def test_old_files_are_read_and_damaged_ones_refused(tmp_path, cli):
+    old = {key: ROW[key] for key in ("task", "metric", "length", "model", "memory", "adapt",
+                                     "other", "value", "samples")}
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps([old, old | {"value": 0.1}]))
+    add_scores(path, [ROW])
+    assert load_scores(path) == [old, old | {"value": 0.1}, ROW]
+    for text in ("[", "{}", "[3]", "[{}]", json.dumps([old | {"other": [1]}]), "9", "\ufffe",
+                 json.dumps([old, old | {"memory": "x"}])):
+        path.write_text(text)
+        assert "scores.json" in refused(cli(evaluate, "paper", tmp_path))
+        line = refused(cli(evaluate, "tasks", "babilong_qa1", "--model", "no/where", "--out",
+                           tmp_path))
+        assert "scores.json" in line
+        assert path.read_text() == text
+
+
+@pytest.mark.slow
+def test_three_commands_give_three_rows_in_the_default_folder(place, tmp_path):
+    """C1: a base model, a run without memory of the prompts, and the same with it."""
+    for name in ("run", "llada-moe", "RMT-team"):
+        (tmp_path / name).symlink_to(place / name)
+    common = ["--lengths", "1024", "--limit", "1", "--out", "results/lm_eval"]
+    for words in (["--model", "llada-moe"], ["run"], ["run", "--adapt"], ["run", "--adapt"]):
+        code, _, err = run_evaluate(tmp_path, ["tasks", "babilong_qa1", *words, *common[:4]])
+        assert code == 0, err[-2000:]
+    rows = load_scores(tmp_path / "results/lm_eval/scores.json")
+    assert [(row["run"], row["weights"], row["adapt"], row["memory"]) for row in rows] == [
+        (None, "llada-moe", False, None), ("run", "toy", False, True), ("run", "toy", True, True)]
+    assert all(row["limit"] == 1 and row["samples"] == 1 and row["longest"] > 100 for row in rows)
+    code, said, _ = run_evaluate(tmp_path, ["paper"])
+    assert code == 0 and said.count("babilong_qa1 | 1024 | acc") == 3
+    assert "LLaDA-MoE llada-moe | not trained here" in said and "toy run | train-only" in said
+
+
 # ---- The paper's tables -------------------------------------------------------------------------
 
 def test_the_papers_tables_with_ours_beside_them(tmp_path, capsys):
@@ -303,3 +421,29 @@ def test_the_papers_tables_with_ours_beside_them(tmp_path, capsys):
     assert cells("train & inference")[3] == "99.60 / 75.00"
     assert cells("MDLM, adapted")[3] == "- / 25.00"
     assert "| clipping: none | 68.2 | 61.00 |" in lines and "| default | 68.4 | - |" in lines
+
+
+def test_a_line_of_a_table_never_mixes_models_limits_or_settings(tmp_path, capsys):
+    whole = ROW | {"task": "ruler_vt", "length": 4096, "metric": "4096"}
+    longer = whole | {"length": 8192, "metric": "8192", "value": 0.125}
+    add_scores(tmp_path / "scores.json", [
+        whole, longer, whole | {"run": "runs/b", "value": 0.75},
+        longer | {"limit": 20, "samples": 20, "value": 0.25},
+        whole | {"options": {"num_fewshot": 2}, "value": 1.0},
+        whole | {"run": None, "memory": None, "value": 0.0625},
+        whole | {"filter": "strict", "value": 0.9}, whole | {"task": "mine", "value": -3.5},
+        whole | {"memory": False, "adapt": False, "limit": 0.5, "samples": 250}])
+    print_tables(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    found = {cells[0][2:]: (cells[3], cells[4]) for cells in
+             (line.split(" | ") for line in lines[:lines.index("Table 1, LLaDA2.1 (percent; "
+                                                               "paper / ours)")]) if cells[3:]}
+    ours = "train & inference"
+    assert found[f"{ours}, runs/a"] == ("99.60 / 50.00", "95.80 / 12.50")
+    assert found[f"{ours}, runs/b"] == ("99.60 / 75.00", "95.80 / -")
+    assert found[f"{ours}, runs/a, limit 20"] == ("99.60 / -", "95.80 / 25.00 (20 samples)")
+    assert found[f"{ours}, runs/a, num_fewshot 2"] == ("99.60 / 100.00", "95.80 / -")
+    assert found["MDLM, limit 0.5"] == ("99.40 / 50.00 (250 samples)", "78.84 / -")
+    assert found["not trained here, adapted"] == ("- / 6.25", "- / -")
+    assert "not trained here" not in found and found["MDLM, adapted"] == ("- / -", "- / -")
+    assert "| mine | 4096 | 4096 | -3.5 | 9 | LLaDA-MoE runs/a | train & inference |  |" in lines
