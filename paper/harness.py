@@ -207,7 +207,7 @@ class Harness:
         """The tokens of a prompt, after the start of text if the tokenizer puts one there."""
         ids = self.tokenizer.encode(text)
         usual = self.hf("")["input_ids"][:1] if self.hf else []
-        return ids if usual != [self.prefix_id] or ids[:1] == usual else usual + ids
+        return ids if usual != [self.prefix_id] else usual + ids
 
     def shield(self, text):
         """A request's text as it is encoded. What no tokenizer can read becomes U+FFFD.
