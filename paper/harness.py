@@ -207,7 +207,7 @@ class Harness:
         """The tokens of a prompt, after the start of text if the tokenizer puts one there."""
         ids = self.tokenizer.encode(text)
         usual = self.hf("")["input_ids"][:1] if self.hf else []
-        return ids if usual != [self.prefix_id] else usual + ids
+        return ids if usual != [self.prefix_id] or ids[:1] == usual else usual + ids
 
     def shield(self, text):
         """A request's text as it is encoded. What no tokenizer can read becomes U+FFFD.
@@ -285,6 +285,9 @@ class Harness:
                 raise ValueError(f"this model has no chat template {name!r}; it has "
                                  f"{', '.join(sorted(templates))}: name one of these")
             templates = templates[name]
+        elif isinstance(chat_template, str):
+            print(f"note: this model has one chat template, none called {chat_template!r}; it is "
+                  "used", file=sys.stderr)
         self.template = templates
         return templates
 

@@ -250,7 +250,8 @@ USER, REPLY = ({"role": "user", "content": "the B?"}, {"role": "assistant", "con
 PREFIX = {"role": "assistant", "content": "The key is in"}
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, STRICT], ids=["plain", "strict"])
+@pytest.mark.parametrize("template", [TEMPLATE, STRICT, "{{ bos_token }}" + TEMPLATE],
+                         ids=["plain", "strict", "start"])
 @pytest.mark.parametrize("turns, open_turn", [
     ([USER], True), ([SYSTEM, USER], True), ([SYSTEM, USER, REPLY, USER], True),
     ([USER, PREFIX], False), ([SYSTEM, USER, REPLY, USER, PREFIX], False)])
@@ -278,7 +279,7 @@ def test_a_template_is_chosen_by_name(both):
         assert ours.chat_template(name) == theirs.chat_template(name)
     ours.chat_template("loud")
     assert "HUMAN!" in ours.apply_chat_template([USER])  # theirs is the default's, and only named
-    ours.chat_template(True)
+    assert ours.chat_template(True) == theirs.chat_template(True)
     assert ours.apply_chat_template([USER]) == theirs.apply_chat_template([USER])
     for hf in (ours.hf, theirs.tokenizer):
         hf.chat_template = {"loud": TEMPLATE}
@@ -288,6 +289,8 @@ def test_a_template_is_chosen_by_name(both):
                 each.chat_template(name)
         each.chat_template("loud")
     for each, hf in ((ours, ours.hf), (theirs, theirs.tokenizer)):
+        hf.chat_template = TEMPLATE  # the only one, whatever it is called
+        assert each.chat_template("loud") == each.chat_template(True) == TEMPLATE
         hf.chat_template = None
         assert each.chat_template(True) is None
     with pytest.raises(ValueError, match="no chat template"):
