@@ -101,9 +101,9 @@ def tasks(arguments, changes):
     from paper.harness import run_tasks
     run_tasks(arguments.tasks.split(","), arguments.lengths.split(","), arguments.out,
               arguments.limit, arguments.num_fewshot, arguments.chat_template,
-              arguments.include_path, arguments.wait, run=arguments.run, model=arguments.model,
-              adapt=arguments.adapt, batch_size=arguments.batch_size, steps=arguments.steps,
-              mode=arguments.mode, max_length=arguments.max_length,
+              arguments.include_path, arguments.wait, run=arguments.run,
+              model=arguments.model, adapt=arguments.adapt, batch_size=arguments.batch_size,
+              steps=arguments.steps, mode=arguments.mode, max_length=arguments.max_length,
               mc_samples=arguments.mc_samples, **changes)
 
 
