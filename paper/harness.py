@@ -285,6 +285,9 @@ class Harness:
                 raise ValueError(f"this model has no chat template {name!r}; it has "
                                  f"{', '.join(sorted(templates))}: name one of these")
             templates = templates[name]
+        elif isinstance(chat_template, str):
+            print(f"note: this model has one chat template, none called {chat_template!r}; it is "
+                  "used", file=sys.stderr)
         self.template = templates
         return templates
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from backbones.tiny import TEMPLATE, write_tiny
-from paper.harness import make_harness_class
+from paper.harness import make_harness_class, read_scores
 
 # Joins a space with the letter after it, words that begin elsewhere, and line ends.
 MERGES = [("Ġ", "B"), ("Ġ", "C"), ("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ċ", "Ċ"), ("a", "n"),
@@ -178,7 +178,7 @@ OPTIONS = [
     {"max_length": 40, "max_gen_toks": 7}, {"until": "\n"}, {"until": ["\n", "the"]},
     {"until": ""}, {"until": ["", "\n"]}, {"until": []}, {"until": ["<|endoftext|>"]},
     {"do_sample": False, "temperature": 0.0}, {"do_sample": False, "temperature": 1},
-    {"temperature": 0}, {"do_sample": None}]
+    {"temperature": 0}, {"temperature": "0.0"}, {"do_sample": None}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -221,6 +221,7 @@ def test_prompts_are_cut_alike_and_the_answer_needs_room(model):
     ({"max_gen_toks": True}, "max_gen_toks"), ({"max_gen_toks": float("nan")}, "max_gen_toks"),
     ({"max_length": 2}, "max_length"), ({"until": 3}, "until"), ({"until": [None]}, "until"),
     ({"temperature": -1}, "temperature"), ({"temperature": "warm"}, "temperature"),
+    ({"temperature": True}, "temperature"),
     ({"do_sample": "yes"}, "do_sample"), ({"do_sample": True}, "do_sample"),
     ({"do_sample": True, "temperature": 0.5, "top_p": 0.9}, "top_p"), ({"num_beams": 4}, "beams"),
     ({"best_of": 2}, "best_of")])
@@ -249,7 +250,8 @@ USER, REPLY = ({"role": "user", "content": "the B?"}, {"role": "assistant", "con
 PREFIX = {"role": "assistant", "content": "The key is in"}
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, STRICT], ids=["plain", "strict"])
+@pytest.mark.parametrize("template", [TEMPLATE, STRICT, "{{ bos_token }}" + TEMPLATE],
+                         ids=["plain", "strict", "start"])
 @pytest.mark.parametrize("turns, open_turn", [
     ([USER], True), ([SYSTEM, USER], True), ([SYSTEM, USER, REPLY, USER], True),
     ([USER, PREFIX], False), ([SYSTEM, USER, REPLY, USER, PREFIX], False)])
@@ -277,7 +279,7 @@ def test_a_template_is_chosen_by_name(both):
         assert ours.chat_template(name) == theirs.chat_template(name)
     ours.chat_template("loud")
     assert "HUMAN!" in ours.apply_chat_template([USER])  # theirs is the default's, and only named
-    ours.chat_template(True)
+    assert ours.chat_template(True) == theirs.chat_template(True)
     assert ours.apply_chat_template([USER]) == theirs.apply_chat_template([USER])
     for hf in (ours.hf, theirs.tokenizer):
         hf.chat_template = {"loud": TEMPLATE}
@@ -287,6 +289,8 @@ def test_a_template_is_chosen_by_name(both):
                 each.chat_template(name)
         each.chat_template("loud")
     for each, hf in ((ours, ours.hf), (theirs, theirs.tokenizer)):
+        hf.chat_template = TEMPLATE  # the only one, whatever it is called
+        assert each.chat_template("loud") == each.chat_template(True) == TEMPLATE
         hf.chat_template = None
         assert each.chat_template(True) is None
     with pytest.raises(ValueError, match="no chat template"):
@@ -301,6 +305,111 @@ def test_a_template_that_fails_is_one_line(both, template):
         with pytest.raises(ValueError, match="^the model's chat template refuses") as error:
             both[0].apply_chat_template(turns)
         assert "\n" not in str(error.value)
+
+
+# ---- Whole tasks, through the harness ----------------------------------------------------------
+
+COMMON = """
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}, train: {data}}}}}
+test_split: test
+fewshot_split: train
+fewshot_config: {{sampler: first_n}}
+description: "Be brief.\\n"
+metadata: {{version: 1}}
+"""
+TASKS = {
+    "choice": """
+output_type: multiple_choice
+doc_to_text: "{{question}} Answer: "
+doc_to_choice: ["B", "C", "the end"]
+doc_to_target: label
+target_delimiter: ""
+metric_list: [{metric: acc}, {metric: acc_norm}, {metric: acc_mutual_info}]
+""", "prefixed": """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+gen_prefix: "The key is in"
+generation_kwargs: {max_gen_toks: 7, until: ["\\n"], do_sample: false, temperature: 0.0}
+metric_list: [{metric: exact_match}]
+""", "next": """
+output_type: loglikelihood
+doc_to_text: "{{question}}"
+doc_to_target: " {{answer}}"
+metric_list: [{metric: perplexity}, {metric: acc}]
+""", "whole": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}} {{answer}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+"""}
+DOCS = [{"question": question, "answer": answer, "label": i % 3} for i, (question, answer) in
+        enumerate([("Who is the B?", "Ann"), ("  Where\n\n", "the hall "), ("Is it é? 🙂", "no\n"),
+                   ("?", "B"), ("Which of the two", "C")])]
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory):
+    """A folder with a task of each kind, on documents of our own."""
+    root = tmp_path_factory.mktemp("tasks")
+    (root / "data.json").write_text(json.dumps(DOCS))
+    for name, text in TASKS.items():
+        common = COMMON.format(data=root / "data.json")
+        (root / f"{name}.yaml").write_text(f"task: own_{name}\n{common}{text}")
+    return root
+
+
+def run_all(harness, folder, **options):
+    """The harness's results of all tasks in a folder, for one of the two classes."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    manager = TaskManager(include_defaults=False, include_path=str(folder))
+    names = [f"own_{name}" for name in TASKS]
+    return simple_evaluate(harness, tasks=names, task_manager=manager, bootstrap_iters=0,
+                           **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [
+    {}, {"num_fewshot": 2}, {"apply_chat_template": True},
+    {"apply_chat_template": True, "num_fewshot": 2, "fewshot_as_multiturn": True},
+    {"apply_chat_template": True, "num_fewshot": 2, "fewshot_as_multiturn": False},
+    {"system_instruction": "You know."},
+    {"system_instruction": "You know.", "apply_chat_template": True, "num_fewshot": 1}], ids=str)
+def test_tasks_of_every_kind_ask_for_the_same(both, task_folder, options):
+    for each in both:
+        each.said = "the hall\nB"
+    results = [run_all(each, task_folder, **options) for each in both]
+    ours, theirs = both
+    jobs, others = (sorted(row for row in each.asked if len(row) == 3) for each in both)
+    assert jobs == others and len(jobs) == len(DOCS)  # each class sorts them in its own way
+    open_turn = "apply_chat_template" in options
+    end = "<role>ASSISTANT</role>" * open_turn + "The key is in"
+    assert all(ours.hf.decode(ids).endswith(end) for ids, _, _ in jobs)
+    pairs, others = ([row for row in each.asked if len(row) == 2] for each in both)
+    assert pairs == others and len(pairs) == (6 + 1 + 1) * len(DOCS)
+    assert results[0]["results"] == results[1]["results"]
+    assert {row["task"] for row in read_scores(results[0], None)} == {f"own_{n}" for n in TASKS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"apply_chat_template": True}], ids=str)
+def test_odd_documents_lose_no_score(model, task_folder, tmp_path, options):
+    """Empty texts, names of special tokens, private characters, a Jinja expression."""
+    odd = [{"question": text, "answer": text, "label": 0} for text in
+           ("", " ", "<|mask|>", "a<|endoftext|>", "<role>x</role>", "🙂\u200d", "\ue000", "\x00",
+            "{{ 7 }}", "\u2028", "é" * 50)]
+    (tmp_path / "data.json").write_text(json.dumps(odd))
+    for path in task_folder.glob("*.yaml"):
+        text = path.read_text().replace(str(task_folder), str(tmp_path))
+        (tmp_path / path.name).write_text(text)
+    ours = make_harness_class()(model=str(model[0]), rank=4, alpha=8.0, mc_samples=1, adapt=True,
+                                batch_size=4)
+    results = run_all(ours, tmp_path, **options)
+    numbers = results["n-samples"]
+    assert numbers == {f"own_{name}": {"original": 11, "effective": 11} for name in TASKS}
+    assert len(read_scores(results, None)) == 3 + 1 + 2 + 2
 
 
 # ---- Special tokens in a benchmark's text, and texts that are odd -------------------------------
