@@ -4,6 +4,7 @@ Both have one tokenizer. It merges over the border between context and continuat
 do. The models themselves are not asked: what is compared are the tokens and the prompts that each
 class would give its model.
 """
+import copy
 import json
 from types import SimpleNamespace
 
@@ -102,7 +103,7 @@ def model(request, tmp_path_factory):
 @pytest.fixture
 def both(model):
     """Our class and theirs, without a limit on the length."""
-    return open_ours(model[0]), open_theirs(model[1])
+    return open_ours(model[0]), open_theirs(copy.deepcopy(model[1]))  # tests change templates
 
 
 def requests_of(*arguments):
