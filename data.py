@@ -138,12 +138,8 @@ def parse_record(record):
         prompt += f"\n\n{extra}" if extra else ""
     if ask == "prompt":
         question = text_field(record, "question", optional=True)
-    return Record(make_turns(prompt, text_field(record, reply)), question)
-
-
-def make_turns(prompt, reply):
-    """A prompt and its reply as turns."""
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+    return Record([{"role": "user", "content": prompt},
+                   {"role": "assistant", "content": text_field(record, reply)}], question)
 
 
 def read_turns(turns, key):

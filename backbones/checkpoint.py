@@ -94,15 +94,16 @@ def set_special_ids(config, tokenizer, guess=False):
     if guess:
         mask = family.mask_id if mask is None else mask
         eos = family.eos_id if eos is None else eos
-    for what, key, i in (("mask", "mask_token_id", mask), ("end", "eos_token_id", eos),
-                         *(("end", "eos_token_id", end) for end in config.eos_ids)):
+    ends = dict.fromkeys([eos, *config.eos_ids])
+    for what, key, i in [("mask", "mask_token_id", mask),
+                         *(("end", "eos_token_id", end) for end in ends)]:
         if i is None:
             raise ValueError(f"neither config.json nor the tokenizer says which token is the "
                              f"{what}; set {key} in config.json")
         if type(i) is not int or not 0 <= i < config.vocab_size:
             raise ValueError(f"the {what} token's id is {i!r}, outside the vocabulary of "
                              f"{config.vocab_size}; set {key} in config.json")
-    if mask in (eos, *config.eos_ids):
+    if mask in ends:
         raise ValueError(f"mask and end token have the same id, {mask}; correct mask_token_id in "
                          "config.json")
     return replace(config, mask_id=mask, eos_id=eos)

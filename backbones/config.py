@@ -81,7 +81,7 @@ class Fields:
                                  "this code does not compute")
 
     def special_ids(self):
-        """The ids of mask and end as the file has them; families.py fills in what it leaves out."""
+        """The ids of mask and ends as the file has them; None and () where it names none."""
         ends = end_ids(self.raw, self.name)
         return dict(mask_id=self.raw.get("mask_token_id"), eos_id=ends[0] if ends else None,
                     eos_ids=ends)

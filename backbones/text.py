@@ -6,7 +6,7 @@ it in a sandbox.
 from __future__ import annotations
 
 import random
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from tqdm import tqdm
@@ -59,13 +59,8 @@ class Tokenizer:
         # the tokenizer does, the ends of a turn that are known, and the template's own.
         known_ends = (self.added.get(token) for token in TURN_ENDS)
         ends = [self.eos_id, *config.eos_ids, *known_ends]
-        self.ends = [i for i in dict.fromkeys(ends) if i is not None]
+        self.stop_ids = [i for i in dict.fromkeys(ends) if i is not None]
         self.templated = bool(self.hf.chat_template) and self.template_is_usable()
-
-    @property
-    def stop_ids(self):
-        """The tokens that end a reply: every end of text and every end of a turn."""
-        return [*dict.fromkeys([self.eos_id, *self.ends])]
 
     def template_is_usable(self):
         """Can prompt and reply be told apart, and does a reply end in a token that says so?
@@ -77,11 +72,11 @@ class Tokenizer:
             _, reply = self.apply_template(example)
         except ValueError:
             return False
-        marks = [i for i in reply if i in self.added.values() and i not in self.ends]
-        behind = self.encode("b")
-        if reply[:len(behind)] == behind and reply[len(behind):][:1] == marks[:1] != []:
-            self.ends.append(marks[0])
-        return any(i in self.ends for i in reply)
+        said = self.encode("b")
+        behind = reply[len(said):][:1] if reply[:len(said)] == said else []
+        self.stop_ids += [i for i in behind
+                          if i in self.added.values() and i not in self.stop_ids]
+        return any(i in self.stop_ids for i in reply)
 
     def encode(self, text):
         """Ids of a text, without a token at its start or end. What is shielded stays text."""
@@ -97,9 +92,8 @@ class Tokenizer:
 
     def special_names(self):
         """The names of the mask, the ends, and of what begins a turn."""
-        marks = TURN_MARKS | {self.hf.bos_token}
-        return [token for token, i in self.added.items()
-                if token in marks or i in (self.mask_id, *self.stop_ids)]
+        marks, ids = TURN_MARKS | {self.hf.bos_token}, {self.mask_id, *self.stop_ids}
+        return [token for token, i in self.added.items() if token in marks or i in ids]
 
     def decode(self, ids):
         """The text of ids; special tokens are skipped."""
@@ -132,19 +126,25 @@ class Tokenizer:
                 raise SpecialToken(f"the text contains {token!r}, which this model reads as a "
                                    "special token; remove it")
 
-    def apply_template(self, messages):
-        """The same as `chat`, by the chat template."""
-        has_reply = messages[-1]["role"] == "assistant"
-        before = messages[:-1] if has_reply else messages
-        render = partial(self.hf.apply_chat_template, tokenize=False)
+    def render(self, messages, **options):
+        """Messages through the chat template -> text. ValueError if it refuses them.
+
+        options: of the library's apply_chat_template.
+        """
         try:
             with bounded():
-                prompt = render(before, add_generation_prompt=True)
-                whole = render(messages) if has_reply else prompt
+                return self.hf.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # a template is a program: it may divide by zero
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError("the model's chat template refuses these messages: "
                              f"{reason}") from None
+
+    def apply_template(self, messages):
+        """The same as `chat`, by the chat template."""
+        has_reply = messages[-1]["role"] == "assistant"
+        before = messages[:-1] if has_reply else messages
+        prompt = self.render(before, add_generation_prompt=True)
+        whole = self.render(messages) if has_reply else prompt
         if not whole.startswith(prompt):
             raise ValueError("the model's chat template does not put a reply behind its generation "
                              "prompt")

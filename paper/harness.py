@@ -23,7 +23,6 @@ import sys
 import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -314,15 +313,9 @@ class Harness:
 
     def render(self, turns, add_generation_prompt):
         """Turns through the chat template, all of them. ValueError if it refuses them."""
-        try:
-            return ChatPrompt(self.hf.apply_chat_template(
-                turns, chat_template=self.template, tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt))
-        except Exception as error:  # a template is a program, and may fail in any way
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError("the model's chat template refuses these messages: "
-                             f"{reason or type(error).__name__}") from None
+        return ChatPrompt(self.tokenizer.render(
+            turns, chat_template=self.template, add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt))
 
     # What the harness and scores.json say of the model.
 
@@ -338,14 +331,13 @@ class Harness:
         other: the method's settings that are not the paper's. options: what is not as usual in
         loading and decoding.
         """
-        own = [f.name for f in fields(memdlm.Settings)]
-        loading = [name for name in names_of("loading") if name not in ("from_adapter", "threads")]
-        options = changed(self, SimpleNamespace(**USUAL), USUAL)
+        loading = {name: getattr(Settings, name) for name in names_of("loading")
+                   if name not in ("from_adapter", "threads")}
         return {"model": self.backbone.title, "weights": self.s.model,
                 "run": str(self.run) if self.run else None, "adapter": self.s.from_adapter or None,
                 "memory": self.s.memory if self.run else None, "adapt": self.adapt,
-                "other": changed(self.s, memdlm.Settings(), own),
-                "options": options | changed(self.s, Settings, loading)}
+                "other": changed(self.s, asdict(memdlm.Settings())),
+                "options": changed(self, USUAL) | changed(self.s, loading)}
 
     # Generating text.
 
@@ -499,10 +491,10 @@ class Harness:
 USUAL = {"steps": 0, "mode": "plain", "max_length": 0, "mc_samples": 128, "seed": 0}
 
 
-def changed(settings, usual, names):
-    """{name: value} of the settings that are not as usual."""
-    values = {name: getattr(settings, name) for name in names}
-    return {name: value for name, value in values.items() if value != getattr(usual, name)}
+def changed(settings, usual):
+    """{name: value} of the settings that are not as usual. usual: {name: value}."""
+    return {name: getattr(settings, name) for name, value in usual.items()
+            if getattr(settings, name) != value}
 
 
 def check_settings_of_loading(settings):

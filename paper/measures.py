@@ -10,7 +10,6 @@ no measure compares it with a model that has not seen them.
 """
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
 
@@ -19,6 +18,7 @@ import torch
 import memdlm
 from compare import RATIOS, mark_right, measure, write_phi
 from data import collate
+from runs import read_metrics
 from settings import WRITTEN_FROM
 from toy import tasks
 from toy.data import ToyData
@@ -278,7 +278,7 @@ def read_training_curve(folder):
 
     "train" is the mean over the last quarter of the logged steps.
     """
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines, _ = read_metrics(folder)
     trained = [line["ce"] for line in lines]
     alone = [line.get("ce_without", line["ce"]) for line in lines]
     half, quarter = len(lines) // 2, -(-len(lines) // 4)

@@ -73,8 +73,7 @@ class ToyData(Source):
 
     def _take_documents(self, path, pairs, bad):
         """Plain text has no prompts: its samples are windows, as of python and pydoc."""
-        docs = [(str(number), whole.encode())
-                for number, (_, _, whole) in enumerate(pairs)]
+        docs = [(str(number), whole.encode()) for number, (_, _, whole) in enumerate(pairs)]
         train, test = text.split_pairs(docs, seed=0)
         self.docs = {"train": train, "test": test}
         self.note = (f"{path}: {len(docs)} texts kept ({len(train)} to train, {len(test)} held "
