@@ -6,6 +6,7 @@ others have written is refused, where it cannot be read, in one line that says w
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -13,9 +14,12 @@ from zlib import crc32
 
 # What is fetched of a model or an adapter. Nothing here can run code: no .py, no pickle.
 MODEL_FILES = [
-    "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json",
-    "special_tokens_map.json", "chat_template.jinja", "adapter_config.json", "base.json",
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+    "tokenizer*.json", "special_tokens_map.json", "chat_template.jinja", "adapter_config.json",
+    "base.json",
 ]
+MOST_JSON = 1 << 24  # bytes of a JSON file, or of the header of a safetensors file, that are read
+FLOATS = ("F64", "F32", "F16", "BF16")  # how safetensors calls numbers that are weights
 
 
 def write_whole(path, write):
@@ -50,20 +54,74 @@ def file_checksum(path):
     return f"{crc32(Path(path).read_bytes()):08x}"
 
 
-def read_json(path):
-    """The content of a JSON file that comes with a model. ValueError if there is none."""
+def read_json(path, needed_for="the folder of a model in the hub's layout"):
+    """The content of a JSON file that a stranger may have written. ValueError if there is none.
+
+    No pipe or device is opened, nothing large is read, and a value is never ambiguous: no name
+    stands twice, and every number is finite.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} is missing: not {needed_for}")
+    if not path.is_file() or path.stat().st_size > MOST_JSON:
+        raise ValueError(f"{path} is no file of at most {MOST_JSON >> 20} MB")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} is missing: not the folder of a model in the hub's layout") from None
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_names,
+                          parse_float=finite_number, parse_constant=finite_number)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {str(error)[:200]}") from None
+
+
+def unique_names(pairs):
+    """The fields of a JSON object as a dict. ValueError if a name stands twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:60]!r} stands twice")
+    return values
+
+
+def finite_number(text):
+    """A number of a JSON file. ValueError if it is none, or infinite."""
+    if not math.isfinite(float(text)):
+        raise ValueError(f"the number {text[:60]} is not finite")
+    return float(text)
+
+
+def open_tensors(path):
+    """An open safetensors file. ValueError if it is none, or if its header is too large to be one.
+
+    A header of 16 MB names a hundred thousand tensors.
+    """
+    from safetensors import SafetensorError, safe_open
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    with open(path, "rb") as handle:
+        header = int.from_bytes(handle.read(8), "little")
+    if MOST_JSON < header < path.stat().st_size:
+        raise ValueError(f"{path} has a header of {header >> 20} MB, which names more tensors than "
+                         "any model has")
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {str(error)[:200]}") from None
+
+
+def read_tensor(file, name, path):
+    """A tensor of an open safetensors file. ValueError if its numbers cannot be weights."""
+    kind = file.get_slice(name).get_dtype()
+    if kind not in FLOATS:
+        raise ValueError(f"{path}: {name[:200]!r} holds {kind}, which is quantised or no weight; "
+                         f"weights are {', '.join(FLOATS)}")
+    return file.get_tensor(name)
 
 
 def model_folder(name, wanted=MODEL_FILES):
     """The folder of a model or an adapter, which is fetched if `name` is an id of the hub."""
     if Path(name).is_dir():
+        for path in (path for pattern in wanted for path in Path(name).glob(pattern)):
+            if not path.is_file():  # a pipe would be waited for, a device has no end
+                raise ValueError(f"{path} is not a file")
         return Path(name)
     instead = ("'toy', a folder with config.json and *.safetensors, or a hub id such as "
                "inclusionAI/LLaDA-MoE-7B-A1B-Base")

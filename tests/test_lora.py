@@ -46,7 +46,7 @@ def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(
     weights = tiny_backbone(name).network.state_dict()
     network = build_network(backbone.config)
     source = merge_adapter(lambda key, shape: weights[key], str(tmp_path / "adapter"), network,
-                           name, FAMILIES[backbone.config.family].embed)
+                           name, backbone.config)
     load_weights(network, source, torch.float32, "cpu")
     merged = Backbone(network.eval(), backbone.config)
     torch.testing.assert_close(all_logits(merged, batch.x0, batch.valid), expected, rtol=1e-3,
@@ -70,7 +70,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         }),
         "adapts .*lm_head": lambda c, w: w.update(
             {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}),
-        "initialised by pissa": lambda c, w: c.update(init_lora_weights="pissa"),
+        "initialised by .pissa": lambda c, w: c.update(init_lora_weights="pissa"),
         "was made for x/LLaDA-MoE-Instruct": lambda c, w: c.update(base_model_name_or_path=
                                                                    "x/LLaDA-MoE-Instruct")
     }
