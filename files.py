@@ -54,19 +54,20 @@ def file_checksum(path):
     return f"{crc32(Path(path).read_bytes()):08x}"
 
 
-def read_json(path, needed_for="the folder of a model in the hub's layout"):
+def read_json(path, finite=True):
     """The content of a JSON file that a stranger may have written. ValueError if there is none.
 
     No pipe or device is opened, nothing large is read, and a value is never ambiguous: no name
-    stands twice, and every number is finite.
+    stands twice and, if `finite`, every number is finite.
     """
     if not path.exists():
-        raise ValueError(f"{path} is missing: not {needed_for}")
+        raise ValueError(f"{path} is missing: not the folder of a model in the hub's layout")
     if not path.is_file() or path.stat().st_size > MOST_JSON:
         raise ValueError(f"{path} is no file of at most {MOST_JSON >> 20} MB")
     try:
+        number = finite_number if finite else float
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_names,
-                          parse_float=finite_number, parse_constant=finite_number)
+                          parse_float=number, parse_constant=number)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {str(error)[:200]}") from None
 

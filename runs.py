@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from data import find_data_file, read_records
-from files import file_checksum, write_json, write_whole
+from files import file_checksum, open_tensors, read_json, read_tensor, write_json, write_whole
 from memdlm import MemDLM
 from settings import Settings
 
@@ -132,17 +132,16 @@ KINDS = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 def read_settings(folder):
     """The settings of a run folder. ValueError if it is none, or if they are not sound."""
     path = Path(folder) / "settings.json"
+    if not path.exists():
+        raise ValueError(f"{folder} is not a run folder: it has no settings.json")
+    values = read_json(path, finite=False)  # some settings may be infinite
     try:
-        values = json.loads(path.read_text())
         for f in fields(Settings):
             if type(values.get(f.name, f.default)) not in KINDS[f.type]:
-                raise TypeError(f"{f.name} is {values[f.name]!r}, which is no {f.type}")
+                raise TypeError(f"{f.name} is {values[f.name]!r:.80}, which is no {f.type}")
         return Settings(**values)
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is not a run folder: it has no settings.json") from None
-    except (json.JSONDecodeError, TypeError, AttributeError, RecursionError,
-            UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not the settings of a run: {error}") from None
+    except (TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path} is not the settings of a run: {str(error)[:300]}") from None
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
@@ -214,15 +213,17 @@ def load_checkpoint(folder, model, optimizer=None, processes=1):
 
 def read_checkpoint(path):
     """The tensors of a checkpoint, and its state: step, processes, the checksum of its base."""
-    from safetensors import SafetensorError, safe_open
     if not path.exists():
         raise ValueError(f"{path}: no such file; the run saved nothing yet")
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            state = json.loads(file.metadata()["state"])
-            return tensors, state | {key: int(state[key]) for key in ("step", "processes")}
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        file = open_tensors(path)
+        state = json.loads(file.metadata()["state"])
+        for key in ("step", "processes"):
+            if type(state[key]) is not int or not 0 <= state[key] < 10**9:
+                raise ValueError(f"its {key} is {state[key]!r:.80}")
+        return {name: read_tensor(file, name, path) if name.startswith("model.")
+                else file.get_tensor(name) for name in file.keys()}, state
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a checkpoint of this program: {error}") from None
 
 
@@ -233,6 +234,7 @@ def load_moments(optimizer, parameters, tensors):
                  if f"adamw.{key}.{name}" in tensors}
         if not saved:
             continue
+        check_moments(saved, p, name)
         if hasattr(optimizer, "init_state"):  # of bitsandbytes: it makes its buffers itself
             optimizer.init_state(optimizer.param_groups[0], p, 0, number)
             state = optimizer.state[p]
@@ -244,6 +246,16 @@ def load_moments(optimizer, parameters, tensors):
             stays = () if optimizer.param_groups[0]["fused"] else ("step",)
             optimizer.state[p] = {key: value if key in stays else value.to(p.device)
                                   for key, value in saved.items()}
+
+
+def check_moments(saved, p, name):
+    """ValueError unless what a checkpoint has of an optimiser's state fits the parameter."""
+    for key, value in saved.items():
+        fits = value.shape == p.shape if key.startswith("exp_avg") else value.numel() <= p.numel()
+        sound = value.dtype == torch.uint8 or bool(value.float().isfinite().all())
+        if not fits or not sound or (key in ("step", "exp_avg_sq") and bool((value < 0).any())):
+            raise ValueError(f"the checkpoint is damaged: {key} of {name} does not fit or is not "
+                             "finite")
 
 
 def base_checksum(backbone):
