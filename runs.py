@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from data import find_data_file, read_records
-from files import file_checksum, open_tensors, read_json, read_tensor, write_json, write_whole
+from files import (MOST_SAVED, file_checksum, open_tensors, read_json, read_tensor, write_json,
+                   write_whole)
 from memdlm import MemDLM
 from settings import Settings
 
@@ -216,7 +217,7 @@ def read_checkpoint(path):
     if not path.exists():
         raise ValueError(f"{path}: no such file; the run saved nothing yet")
     try:
-        file = open_tensors(path)
+        file = open_tensors(path, MOST_SAVED)
         state = json.loads(file.metadata()["state"])
         for key in ("step", "processes"):
             if type(state[key]) is not int or not 0 <= state[key] < 10**9:

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from backbones.backbone import Backbone, build_network
-from backbones.config import MOST_TENSORS, check_id, read_ends, show
+from backbones.config import check_id, read_ends, show
 from backbones.experts import Experts
 from backbones.families import FAMILIES, PUBLISHED, translate
 from backbones.lora import merge_adapter
 from backbones.text import Tokenizer
-from files import model_folder, open_tensors, read_json, read_tensor
+from files import MOST_TENSORS, model_folder, open_tensors, read_json, read_tensor
 
 # How the tensors are called that stand for quantised weights (GPTQ, AWQ, bitsandbytes, fp8, MLX).
 QUANTISED = re.compile(
@@ -89,8 +89,7 @@ def add_generation_ends(config, path):
     raw = read_json(path) if path.exists() else {}
     if not isinstance(raw, dict):
         raise ValueError(f"{path} is not the settings of a generation")
-    ends = config.eos_ids + read_ends(raw, config.vocab_size, path)
-    return replace(config, eos_ids=tuple(dict.fromkeys(ends)))
+    return replace(config, **read_ends(raw, config.vocab_size, path, config.eos_ids))
 
 
 def set_special_ids(config, tokenizer, where):
@@ -99,22 +98,20 @@ def set_special_ids(config, tokenizer, where):
     The mask is the one in config.json, else the tokenizer's. The ends are all that the files of
     the model name and the tokenizer's own. where: the model's folder, for the error.
     """
-    mask, ends = config.mask_id, list(config.eos_ids)
+    mask, theirs = config.mask_id, {}
     if tokenizer:
         mask = tokenizer.mask_id if mask is None else mask
-        ends += [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    for what, key, found in (("mask", "mask_token_id", mask is not None),
-                             ("end", "eos_token_id", ends)):
-        if not found:
+        theirs = {"eos_token_id": tokenizer.eos_id}
+    ends = read_ends(theirs, config.vocab_size, where, config.eos_ids)
+    for what, key, i in (("mask", "mask_token_id", mask), ("end", "eos_token_id", ends["eos_id"])):
+        if i is None:
             raise ValueError(f"{where}: neither config.json nor a tokenizer names the {what} "
                              f"token; put its id into config.json as {key}")
-    for what, key, i in [("mask", "mask_token_id", mask),
-                         *(("end", "eos_token_id", end) for end in ends)]:
         check_id(i, config.vocab_size, what, key, where)
-    if mask in ends:
+    if mask in ends["eos_ids"]:
         raise ValueError(f"{where}: mask and end token have the same id, {mask}; correct "
                          "mask_token_id in config.json")
-    return replace(config, mask_id=mask, eos_ids=tuple(dict.fromkeys(ends)))
+    return replace(config, mask_id=mask, **ends)
 
 
 def load_weights(network, source, dtype, device):

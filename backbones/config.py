@@ -13,13 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from reprlib import Repr
 
-MOST_TENSORS = 100_000  # of a checkpoint: LLaDA2.0-flash, with 100 billion weights, has 25,000
+from files import MOST_TENSORS
+
 MOST_WIDE = 1 << 24     # numbers in a row or a column of a matrix
 
 # Fields that change nothing of what is computed here: names and versions, ids of tokens, how
 # weights begin, dropout of a training that is not ours, and what the library's own generation asks.
 HARMLESS = frozenset("""
-    model_type architectures auto_map dtype torch_dtype transformers_version tokenizer_class prefix
+    model_type architectures auto_map transformers_version tokenizer_class prefix
     name_or_path _name_or_path _commit_hash _attn_implementation _attn_implementation_autoset
     _experts_implementation _moe_implementation attn_implementation unsloth_fixed unsloth_version
     initializer_range use_cache return_dict use_return_dict torchscript use_bfloat16
@@ -35,7 +36,9 @@ HARMLESS = frozenset("""
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     """.split())
 # What the library may say of any model, and the values that are computed here.
+PRECISIONS = (None, "float32", "float16", "bfloat16", "float64")
 NEUTRAL = dict(
+    dtype=PRECISIONS, torch_dtype=PRECISIONS,
     is_encoder_decoder=(None, False), is_decoder=(None, False), is_causal=(None, False),
     add_cross_attention=(None, False), tie_encoder_decoder=(None, False), pruned_heads=(None, {}),
     tie_word_embeddings=(None, False))
@@ -75,12 +78,8 @@ class Config:
     routed_scale: float = 1.0
     max_length: int = 0    # positions the model was made for
     mask_id: int | None = None
-    eos_ids: tuple = ()    # all tokens that end a text
-
-    @property
-    def eos_id(self):
-        """The end that is written after a text. None if nobody has named one yet."""
-        return self.eos_ids[0] if self.eos_ids else None
+    eos_id: int | None = None  # the end that is written after a text
+    eos_ids: tuple = ()    # all tokens that end a text, that one first
 
     def check(self, name):
         """ValueError, with `name` for the file, if the sizes do not fit together."""
@@ -203,11 +202,12 @@ class Fields:
         mask = self.get("mask_token_id")
         if mask is not None:
             check_id(mask, vocab_size, "mask", "mask_token_id", self.name)
-        return dict(mask_id=mask, eos_ids=read_ends(self.raw, vocab_size, self.name))
+        return dict(mask_id=mask, **read_ends(self.raw, vocab_size, self.name))
 
 
-def read_ends(raw, vocab_size, name):
-    """The ids that a config.json or generation_config.json names as ends: one, a list or none.
+def read_ends(raw, vocab_size, name, before=()):
+    """The ends as fields of Config: those `before`, then those that a config.json or
+    generation_config.json names, as one id, a list or none.
 
     The token that pads is no end unless it is named as one.
     """
@@ -215,7 +215,8 @@ def read_ends(raw, vocab_size, name):
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     for i in ends:
         check_id(i, vocab_size, "end", "eos_token_id", name)
-    return tuple(dict.fromkeys(ends))
+    ends = tuple(dict.fromkeys([*before, *ends]))
+    return dict(eos_id=ends[0] if ends else None, eos_ids=ends)
 
 
 def check_id(i, vocab_size, what, key, name):
