@@ -19,7 +19,7 @@ MODEL_FILES = [
     "base.json",
 ]
 MOST_JSON = 1 << 24     # bytes of a JSON file that are read
-MOST_TENSORS = 100_000  # of a model: LLaDA2.0-flash, with 100 billion weights, has 25,000
+MOST_TENSORS = 50_000   # of a model: LLaDA2.0-flash, with 100 billion weights, has 25,000
 MOST_SAVED = 400_000    # of a run's checkpoint: a LoRA on that, with the state of its optimiser
 FLOATS = ("F64", "F32", "F16", "BF16")  # how safetensors calls numbers that are weights
 

@@ -752,7 +752,7 @@ def check_settings(s):
         if choices and value not in choices:
             raise ValueError(f"{f.name} is {value!r:.80}; it must be one of {', '.join(choices)}")
         if low is not None and not low <= value <= high:
-            raise ValueError(f"{f.name} is {value}; it must lie between {low:g} and {high:g}")
+            raise ValueError(f"{f.name} is {value!r:.80}; it must lie between {low:g} and {high:g}")
     kind, colon, parts = s.trajectory.partition(":")
     parts_fit = parts.isdecimal() and 1 <= int(parts[:5]) <= 1000 if kind == "cover" else not colon
     if kind not in TRAJECTORIES or not parts_fit:

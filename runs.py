@@ -136,13 +136,16 @@ def read_settings(folder):
     if not path.exists():
         raise ValueError(f"{folder} is not a run folder: it has no settings.json")
     values = read_json(path, finite=False)  # some settings may be infinite
-    try:
-        for f in fields(Settings):
-            if type(values.get(f.name, f.default)) not in KINDS[f.type]:
-                raise TypeError(f"{f.name} is {values[f.name]!r:.80}, which is no {f.type}")
-        return Settings(**values)
-    except (TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path} is not the settings of a run: {str(error)[:300]}") from None
+    odd = "its content is no object"
+    if isinstance(values, dict):
+        known = {f.name: f for f in fields(Settings)}
+        odd = ", ".join(f"{name!r:.80} is {value!r:.80}, which is no "
+                        + (known[name].type if name in known else "setting")
+                        for name, value in values.items()
+                        if name not in known or type(value) not in KINDS[known[name].type])
+    if odd:
+        raise ValueError(f"{path} is not the settings of a run: {odd:.300}")
+    return Settings(**values)
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
@@ -235,28 +238,32 @@ def load_moments(optimizer, parameters, tensors):
                  if f"adamw.{key}.{name}" in tensors}
         if not saved:
             continue
-        check_moments(saved, p, name)
         if hasattr(optimizer, "init_state"):  # of bitsandbytes: it makes its buffers itself
             optimizer.init_state(optimizer.param_groups[0], p, 0, number)
             state = optimizer.state[p]
+            check_moments(saved, {key: torch.as_tensor(state[key]) for key in MOMENTS
+                                  if key in state}, name)
             for key, value in saved.items():
                 is_tensor = torch.is_tensor(state[key])
                 state[key] = state[key].copy_(value) if is_tensor else int(value)
         else:
+            check_moments(saved, {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}, name)
             # The count of steps lives on the CPU, unless AdamW is fused.
             stays = () if optimizer.param_groups[0]["fused"] else ("step",)
             optimizer.state[p] = {key: value if key in stays else value.to(p.device)
                                   for key, value in saved.items()}
 
 
-def check_moments(saved, p, name):
-    """ValueError unless what a checkpoint has of an optimiser's state fits the parameter."""
-    for key, value in saved.items():
-        fits = value.shape == p.shape if key.startswith("exp_avg") else value.numel() <= p.numel()
-        sound = value.dtype == torch.uint8 or bool(value.float().isfinite().all())
-        if not fits or not sound or (key in ("step", "exp_avg_sq") and bool((value < 0).any())):
-            raise ValueError(f"the checkpoint is damaged: {key} of {name} does not fit or is not "
-                             "finite")
+def check_moments(saved, wanted, name):
+    """ValueError unless a checkpoint has an optimiser's state of a parameter as it is `wanted`:
+    tensors of the same names, shapes and kinds of numbers, which are finite."""
+    for key in saved.keys() | wanted.keys():
+        value, like = saved.get(key), wanted.get(key)
+        fits = (value is not None and like is not None and value.shape == like.shape
+                and value.dtype == like.dtype and bool(value.isfinite().all()))
+        if not fits or (key in ("step", "exp_avg_sq") and bool((value < 0).any())):
+            raise ValueError(f"the checkpoint is damaged: {key} of {name} is not what the "
+                             "optimiser keeps of it")
 
 
 def base_checksum(backbone):

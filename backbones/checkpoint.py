@@ -55,6 +55,8 @@ def load_backbone(model, load_4bit=False, dtype="auto", device=None, attention="
     if attention == "block" and not family.block_length:
         raise ValueError(f"--attention block is for LLaDA2.x; {family.title} attends fully")
     dtype = choose_dtype(dtype, raw, device)
+    if folder:
+        source.refuse_few(config)
     with torch.device("meta"):
         network = build_network(config)
         for module in network.modules():
@@ -179,6 +181,13 @@ class Shards:
             raise ValueError(f"{self.folder}: {name} should be {list(shape)}, is {list(found)}")
         self.used.add(name)
         return read_tensor(file, name, self.folder / self.file_of[name])
+
+    def refuse_few(self, config):
+        """ValueError if a model is far larger than what is here, before minutes of building it."""
+        needed = config.layers * 7 + 3 * config.experts * (config.layers - config.dense_layers)
+        if needed > 2 * len(self.file_of):
+            raise ValueError(f"{self.folder}: by its config.json the model has {needed:,} tensors "
+                             f"or more, the checkpoint {len(self.file_of):,}")
 
     def finish(self):
         """ValueError unless everything in the files was asked for."""

@@ -46,7 +46,7 @@ NEUTRAL = dict(
 QUANTISED = ("quantization_config", "quantization", "compression_config")
 
 _short = Repr()
-_short.maxstring = _short.maxother = _short.maxlong = 60
+_short.maxstring = _short.maxother = _short.maxlong = 100
 
 
 def show(value):

@@ -16,7 +16,7 @@ from torch import nn
 
 from backbones.config import show
 from backbones.families import FAMILIES
-from files import model_folder, open_tensors, read_json, read_tensor
+from files import MOST_TENSORS, model_folder, open_tensors, read_json, read_tensor
 
 # The fields of adapter_config.json that change nothing once the adapter is trained ...
 HARMLESS = frozenset("""
@@ -114,7 +114,7 @@ def read_adapter(folder, base):
     raw["made_for"] = read_json(made_for) if made_for.exists() else {}
     if not path.is_file():
         raise ValueError(f"{path} is missing (an adapter must be in safetensors)")
-    file = open_tensors(path)
+    file = open_tensors(path, 2 * MOST_TENSORS)
     tensors = {name: read_tensor(file, name, path).float() for name in file.keys()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -185,11 +185,12 @@ def check_places(tensors, network, config, rank, folder):
     """
     family = FAMILIES[config.family]
     allowed = lora_targets(config, "all", bool(family.router))
-    targets = sorted({key.rpartition(".lora_")[0].rpartition(".")[2] for key in tensors})
-    if not targets or not set(targets) <= set(allowed):
-        names = ", ".join(show(target) for target in targets[:8]) or "nothing"
-        raise ValueError(f"{folder} adapts {names}; this model has {', '.join(allowed)}")
-    shapes = {}
+    name_in = {key: key.rpartition(".lora_")[0].rpartition(".")[2] for key in tensors}
+    targets, shapes = sorted(set(name_in.values())), {}
+    odd = [show(key) for key, name in name_in.items() if name not in allowed]
+    if odd or not targets:
+        raise ValueError(f"{folder} adapts {odd[0] if odd else 'nothing'}; a LoRA on this model is "
+                         f"on {', '.join(allowed)}")
     for name, module in network.named_modules():
         if (isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
                 and name != family.head):
