@@ -15,7 +15,7 @@ from reprlib import Repr
 
 from files import MOST_TENSORS
 
-MOST_WIDE = 1 << 24     # numbers in a row or a column of a matrix
+MOST_WIDE = 1 << 24  # numbers in a row or a column of a matrix
 
 # Fields that change nothing of what is computed here: names and versions, ids of tokens, how
 # weights begin, dropout of a training that is not ours, and what the library's own generation asks.
@@ -119,6 +119,9 @@ class Fields:
         if not isinstance(raw, dict):
             raise ValueError(f"{name} is not a model's configuration")
         self.raw, self.name, self.known = dict(raw), name, set(HARMLESS)
+
+    def read_common(self):
+        """The fields that any model of the library may have."""
         self.refuse_quantised()
         for place in ("rope_parameters", "rope_scaling"):
             self.read_rotation(place)

@@ -206,6 +206,7 @@ def translate(raw, name="config.json"):
     kind = fields.raw.get("model_type")
     for key, family in FAMILIES.items():
         if kind in family.model_types and (not family.marker or family.marker in fields.raw):
+            fields.read_common()
             sizes = family.translate(fields)
             config = Config(family=key, **sizes, **fields.special_ids(sizes["vocab_size"]))
             config.check(name)

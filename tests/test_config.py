@@ -150,6 +150,12 @@ def test_other_mathematics_are_named_and_refused(name, values, says):
     assert str(error.value).isprintable() and len(str(error.value)) < 400
 
 
+def test_another_architecture_is_refused_as_such():
+    qwen = dict(model_type="qwen3", tie_word_embeddings=True, rope_scaling=YARN, sliding_window=1)
+    with pytest.raises(ValueError, match="model_type 'qwen3' is not supported; supported are"):
+        translate(qwen)
+
+
 def test_ends_are_all_that_are_named_and_the_padding_is_none():
     assert translate(LLADA_MOE).eos_ids == () and translate(LLADA_MOE).eos_id is None
     config = translate(LLADA_MOE | {"eos_token_id": [7, 8, 7]})
