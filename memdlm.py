@@ -93,7 +93,7 @@ class Settings:
     scope: str = setting("inner loop", "ffn", "matrices phi acts on", ["ffn", "ffn+attn"])
     adapter: str = setting("inner loop", "lora", "phi is low-rank or a full matrix",
         ["lora", "full"])
-    rank: int = setting("inner loop", 32, "r, rank of phi", low=1, high=1 << 20)
+    rank: int = setting("inner loop", 32, "r, rank of phi", low=1, high=1 << 16)
     alpha: float = setting("inner loop", 64.0, "phi acts times alpha / r", low=0, high=1e9)
 
     def __post_init__(self):
@@ -750,11 +750,11 @@ def check_settings(s):
         value = getattr(s, f.name)
         choices, low, high = (f.metadata[key] for key in ("choices", "low", "high"))
         if choices and value not in choices:
-            raise ValueError(f"{f.name} is {value!r}; it must be one of {', '.join(choices)}")
+            raise ValueError(f"{f.name} is {value!r:.80}; it must be one of {', '.join(choices)}")
         if low is not None and not low <= value <= high:
-            raise ValueError(f"{f.name} is {value}; it must lie between {low:g} and {high:g}")
+            raise ValueError(f"{f.name} is {value!r:.80}; it must lie between {low:g} and {high:g}")
     kind, colon, parts = s.trajectory.partition(":")
-    parts_fit = (parts.isdecimal() and int(parts) > 0) if kind == "cover" else not colon
+    parts_fit = parts.isdecimal() and 1 <= int(parts[:5]) <= 1000 if kind == "cover" else not colon
     if kind not in TRAJECTORIES or not parts_fit:
-        raise ValueError(f"trajectory is {s.trajectory!r}; it must be one of "
-                         f"{', '.join(TRAJECTORIES)}:K with K of 1 or more (cover:4)")
+        raise ValueError(f"trajectory is {s.trajectory!r:.80}; it must be one of "
+                         f"{', '.join(TRAJECTORIES)}:K with K from 1 to 1000 (cover:4)")

@@ -26,8 +26,8 @@ import torch
 import console
 from data import read_data
 from files import (
-    file_checksum, lock_folder, refuse_links, remove_unfinished, write_json, write_tensors,
-    write_text, write_whole,
+    MOST_SAVED, file_checksum, lock_folder, open_tensors, read_json, read_tensor, refuse_links,
+    remove_unfinished, write_json, write_tensors, write_text, write_whole,
 )
 from memdlm import MemDLM
 from settings import Settings
@@ -150,17 +150,19 @@ def read_settings(folder):
     """The settings of a run folder. ValueError if it is none, or if they are not sound."""
     path = Path(folder) / "settings.json"
     refuse_links(*run_folders(folder))
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        for f in fields(Settings):
-            if type(values.get(f.name, f.default)) not in KINDS[f.type]:
-                raise TypeError(f"{f.name} is {values[f.name]!r}, which is no {f.type}")
-        return Settings(**values)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{folder} is not a run folder: it has no settings.json") from None
-    except (json.JSONDecodeError, TypeError, AttributeError, RecursionError,
-            UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not the settings of a run: {error}") from None
+    if not path.exists():
+        raise ValueError(f"{folder} is not a run folder: it has no settings.json")
+    values = read_json(path, finite=False)  # some settings may be infinite
+    odd = "its content is no object"
+    if isinstance(values, dict):
+        known = {f.name: f for f in fields(Settings)}
+        odd = ", ".join(f"{name!r:.80} is {value!r:.80}, which is no "
+                        + (known[name].type if name in known else "setting")
+                        for name, value in values.items()
+                        if name not in known or type(value) not in KINDS[known[name].type])
+    if odd:
+        raise ValueError(f"{path} is not the settings of a run: {odd:.300}")
+    return Settings(**values)
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
@@ -232,15 +234,17 @@ def load_checkpoint(folder, model, optimizer=None, processes=1):
 
 def read_checkpoint(path):
     """The tensors of a checkpoint, and its state: step, processes, the checksum of its base."""
-    from safetensors import SafetensorError, safe_open
     if not path.exists():
         raise ValueError(f"{path}: no such file; the run saved nothing yet")
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            state = json.loads(file.metadata()["state"])
-            return tensors, state | {key: int(state[key]) for key in ("step", "processes")}
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        file = open_tensors(path, MOST_SAVED)
+        state = json.loads(file.metadata()["state"])
+        for key in ("step", "processes"):
+            if type(state[key]) is not int or not 0 <= state[key] < 10**9:
+                raise ValueError(f"its {key} is {state[key]!r:.80}")
+        return {name: read_tensor(file, name, path) if name.startswith("model.")
+                else file.get_tensor(name) for name in file.keys()}, state
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a checkpoint of this program: {error}") from None
 
 
@@ -254,14 +258,29 @@ def load_moments(optimizer, parameters, tensors):
         if hasattr(optimizer, "init_state"):  # of bitsandbytes: it makes its buffers itself
             optimizer.init_state(optimizer.param_groups[0], p, 0, number)
             state = optimizer.state[p]
+            check_moments(saved, {key: torch.as_tensor(state[key]) for key in MOMENTS
+                                  if key in state}, name)
             for key, value in saved.items():
                 is_tensor = torch.is_tensor(state[key])
                 state[key] = state[key].copy_(value) if is_tensor else int(value)
         else:
+            check_moments(saved, {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}, name)
             # The count of steps lives on the CPU, unless AdamW is fused.
             stays = () if optimizer.param_groups[0]["fused"] else ("step",)
             optimizer.state[p] = {key: value if key in stays else value.to(p.device)
                                   for key, value in saved.items()}
+
+
+def check_moments(saved, wanted, name):
+    """ValueError unless a checkpoint has an optimiser's state of a parameter as it is `wanted`:
+    tensors of the same names, shapes and kinds of numbers, which are finite."""
+    for key in saved.keys() | wanted.keys():
+        value, like = saved.get(key), wanted.get(key)
+        fits = (value is not None and like is not None and value.shape == like.shape
+                and value.dtype == like.dtype and bool(value.isfinite().all()))
+        if not fits or (key in ("step", "exp_avg_sq") and bool((value < 0).any())):
+            raise ValueError(f"the checkpoint is damaged: {key} of {name} is not what the "
+                             "optimiser keeps of it")
 
 
 def base_checksum(backbone):

@@ -35,7 +35,8 @@ class Settings(memdlm.Settings):
     steps: int = setting("run", 500, "outer steps", low=1, high=1e9)
     epochs: float = setting("run", 0.0, "passes over the data, in place of --steps",
         low=0, high=1e6)
-    seed: int = setting("run", 0, "decides initial weights, data and masks")
+    seed: int = setting("run", 0, "decides initial weights, data and masks",
+        low=-1e18, high=1e18)
     control: bool = setting("run", True, "also train the run's control (the baseline) for the "
         "table at the end")
     log_every: int = setting("run", 10, "steps between lines of metrics.jsonl", low=1, high=1e9)
@@ -75,7 +76,8 @@ class Settings(memdlm.Settings):
         "included; longer ones are left out", low=1, high=1 << 20)
     truncate: bool = setting("data", False, "cut the response of longer samples instead, as the "
         "published script does")
-    split_seed: int = setting("data", 42, "real models: which 5 % of the data are held out")
+    split_seed: int = setting("data", 42, "real models: which 5 % of the data are held out",
+        low=-1e18, high=1e18)
     eos_loss: bool = setting("data", False, "padding is end tokens that are noised and predicted "
         "too, as in the published code")
 
@@ -90,7 +92,8 @@ class Settings(memdlm.Settings):
     lora: bool = setting("real models", True, "train a LoRA (through PEFT) on frozen weights; "
         "--no-lora trains all weights")
     lora_rank: int = setting("real models", 32, "rank of the outer LoRA", low=1, high=1 << 16)
-    lora_alpha: float = setting("real models", 64.0, "its product is scaled by alpha / rank")
+    lora_alpha: float = setting("real models", 64.0, "its product is scaled by alpha / rank",
+        low=1e-9, high=1 << 20)
     lora_dropout: float = setting("real models", 0.05, "dropout on its input", low=0, high=1)
     lora_scope: str = setting("real models", "all", "attention and all experts, or attention alone",
         ["all", "attention"])
@@ -119,6 +122,9 @@ class Settings(memdlm.Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.model == "toy" and 12 * self.layers * self.width**2 > 1 << 28:
+            raise ValueError(f"a toy of {self.layers} layers of width {self.width} would have more "
+                             "than 268 million weights; that is no toy")
         if self.model == "toy" and (self.load_4bit or self.from_adapter):
             raise ValueError("--load-4bit and --from-adapter are for real models; the toy trains "
                              "all of its weights")

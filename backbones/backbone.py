@@ -56,7 +56,7 @@ class Backbone(nn.Module):
     @property
     def stop_ids(self):
         """Tokens that end a reply."""
-        return self.tokenizer.stop_ids if self.tokenizer else [self.config.eos_id]
+        return self.tokenizer.stop_ids if self.tokenizer else [*self.config.eos_ids]
 
     def weights_checksum(self):
         vectors = [p for p in self.core.parameters() if p.dim() == 1]

@@ -13,12 +13,17 @@ import torch
 from torch import nn
 
 from backbones.backbone import Backbone, build_network
-from backbones.config import end_ids
+from backbones.config import check_id, read_ends, show
 from backbones.experts import Experts
 from backbones.families import FAMILIES, PUBLISHED, translate
 from backbones.lora import merge_adapter
 from backbones.text import Tokenizer
-from files import model_folder, read_json
+from files import MOST_TENSORS, model_folder, open_tensors, read_json, read_tensor
+
+# How the tensors are called that stand for quantised weights (GPTQ, AWQ, bitsandbytes, fp8, MLX).
+QUANTISED = re.compile(
+    r"\.(qweight|qzeros|g_idx|scales?|biases|SCB|quant_map|nested_quant_map|absmax|nested_absmax"
+    r"|weight_(scale|scale_inv|packed|shape|zero_point|format)|input_scale|quant_state\..*)$")
 
 # bitsandbytes warns of an optional CPU kernel.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -40,17 +45,18 @@ def load_backbone(model, load_4bit=False, dtype="auto", device=None, attention="
     else:
         folder = model_folder(model)
         raw, source = read_json(folder / "config.json"), Shards(folder)
-    config = translate(raw, str(folder / "config.json") if folder else "config")
-    if folder and (folder / "generation_config.json").exists():
-        ends = end_ids(read_json(folder / "generation_config.json"), folder)
-        config = replace(config, eos_ids=(*dict.fromkeys([*config.eos_ids, *ends]),))
+    config = translate(raw, str(folder / "config.json") if folder else "config.json")
     family, tokenizer = FAMILIES[config.family], None
+    if folder:
+        config = add_generation_ends(config, folder / "generation_config.json")
     if folder and (folder / "tokenizer.json").exists():
         tokenizer = Tokenizer(folder, config)
-    config = set_special_ids(config, tokenizer, guess=random)
+    config = set_special_ids(config, tokenizer, folder or "the model")
     if attention == "block" and not family.block_length:
         raise ValueError(f"--attention block is for LLaDA2.x; {family.title} attends fully")
     dtype = choose_dtype(dtype, raw, device)
+    if folder:
+        source.refuse_few(config)
     with torch.device("meta"):
         network = build_network(config)
         for module in network.modules():
@@ -58,7 +64,7 @@ def load_backbone(model, load_4bit=False, dtype="auto", device=None, attention="
                 module.grouped = experts == "grouped"
         if load_4bit:
             to_4bit(network, config, dtype)
-    weights = merge_adapter(source, merge, network, model, family.embed) if merge else source
+    weights = merge_adapter(source, merge, network, model, config) if merge else source
     load_weights(network, weights, dtype, device)
     if folder:
         source.finish()
@@ -80,54 +86,57 @@ def choose_dtype(dtype, raw, device):
     return getattr(torch, dtype)
 
 
-def set_special_ids(config, tokenizer, guess=False):
-    """The config with the ids of mask and end.
+def add_generation_ends(config, path):
+    """The config with the ends that generation_config.json names, too, if there is one."""
+    raw = read_json(path) if path.exists() else {}
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is not the settings of a generation")
+    return replace(config, eos_ids=read_ends(raw, config.vocab_size, path, config.eos_ids))
 
-    They come from config.json, else from the tokenizer. guess: else from the family's row, which
-    is good enough for random weights.
+
+def set_special_ids(config, tokenizer, where):
+    """The config with the ids of mask and ends, which nobody guesses.
+
+    The mask is the one in config.json, else the tokenizer's. The ends are all that the files of
+    the model name and the tokenizer's own. where: the model's folder, for the error.
     """
-    family = FAMILIES[config.family]
-    mask, eos = config.mask_id, config.eos_id
+    mask, ends = config.mask_id, config.eos_ids
     if tokenizer:
         mask = tokenizer.mask_id if mask is None else mask
-        eos = tokenizer.eos_id if eos is None else eos
-    if guess:
-        mask = family.mask_id if mask is None else mask
-        eos = family.eos_id if eos is None else eos
-    ends = dict.fromkeys([eos, *config.eos_ids])
-    for what, key, i in [("mask", "mask_token_id", mask),
-                         *(("end", "eos_token_id", end) for end in ends)]:
-        if i is None:
-            raise ValueError(f"neither config.json nor the tokenizer says which token is the "
-                             f"{what}; set {key} in config.json")
-        if type(i) is not int or not 0 <= i < config.vocab_size:
-            raise ValueError(f"the {what} token's id is {i!r}, outside the vocabulary of "
-                             f"{config.vocab_size}; set {key} in config.json")
+        theirs = {"eos_token_id": tokenizer.eos_id}
+        ends = read_ends(theirs, config.vocab_size, where, ends)
+    if mask is None or not ends:
+        what, key = ("mask", "mask_token_id") if mask is None else ("end", "eos_token_id")
+        raise ValueError(f"{where}: neither config.json nor a tokenizer names the {what} token; "
+                         f"put its id into config.json as {key}")
+    check_id(mask, config.vocab_size, "mask", "mask_token_id", where)
     if mask in ends:
-        raise ValueError(f"mask and end token have the same id, {mask}; correct mask_token_id in "
-                         "config.json")
-    return replace(config, mask_id=mask, eos_id=eos)
+        raise ValueError(f"{where}: mask and end token have the same id, {mask}; correct "
+                         "mask_token_id in config.json")
+    return replace(config, mask_id=mask, eos_ids=ends)
 
 
 def load_weights(network, source, dtype, device):
     """Give every parameter and buffer its values. source(name, shape) -> tensor.
 
-    ValueError if one of the values is not finite.
+    ValueError if one of the values is not finite, or too large for the precision.
     """
     for path, module in network.named_modules():
         empties = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, empty in empties:
-            value = source(f"{path}.{name}", empty.shape)
+            # The router's bias is stored in float32 and stays so.
+            wanted = dtype if isinstance(empty, nn.Parameter) else torch.float32
+            value = source(f"{path}.{name}", empty.shape).to(wanted)
             if not value.isfinite().all():
                 raise ValueError(f"{path}.{name} holds numbers that are not finite; the "
                                  "checkpoint is damaged")
             if hasattr(empty, "quant_type"):  # Params4bit is quantised on its way to the device
-                value = type(empty)(value.to(dtype), requires_grad=False, quant_type="nf4",
+                value = type(empty)(value, requires_grad=False, quant_type="nf4",
                                     compress_statistics=True, module=module).to(device)
             elif isinstance(empty, nn.Parameter):
-                value = nn.Parameter(value.to(device, dtype), requires_grad=False)
-            else:  # the router's bias is stored in float32 and stays so
-                value = value.to(device, torch.float32)
+                value = nn.Parameter(value.to(device), requires_grad=False)
+            else:
+                value = value.to(device)
             setattr(module, name, value)
 
 
@@ -140,28 +149,24 @@ class Shards:
         self.folder, self.opened, self.used = folder, {}, set()
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            # The name of each tensor -> the name of its file.
-            self.file_of = read_json(index).get("weight_map", {})
-            for file in set(self.file_of.values()):
-                if not re.fullmatch(r"[\w.-]+\.safetensors", str(file)):
-                    raise ValueError(f"{index} names the file {file!r}, which is not a safetensors "
-                                     "file beside it")
+            self.file_of = read_index(index)
         else:
-            file, names = self.open_file("model.safetensors")
+            _, names = self.open_file("model.safetensors")
             self.file_of = dict.fromkeys(names, "model.safetensors")
+        if len(self.file_of) > MOST_TENSORS:
+            raise ValueError(f"{folder}: {len(self.file_of):,} tensors are more than any model "
+                             f"has; at most {MOST_TENSORS:,} are read")
+        for name in self.file_of:
+            if QUANTISED.search(name):
+                raise ValueError(f"{folder}: {name[:200]} is part of quantised weights, which are "
+                                 "not read; take the model's own files, which --load-4bit "
+                                 "quantises")
 
     def open_file(self, name):
         """The open file of this name, and the names of its tensors. Each is opened once."""
-        from safetensors import SafetensorError, safe_open
         if name not in self.opened:
-            path = self.folder / name
-            if not path.exists():
-                raise ValueError(f"{path} is missing")
-            try:
-                file = safe_open(path, "pt")
-                self.opened[name] = file, set(file.keys())
-            except SafetensorError as error:
-                raise ValueError(f"{path} is not a safetensors file: {error}") from None
+            file = open_tensors(self.folder / name)
+            self.opened[name] = file, set(file.keys())
         return self.opened[name]
 
     def __call__(self, name, shape):
@@ -175,7 +180,14 @@ class Shards:
         if list(found) != list(shape):
             raise ValueError(f"{self.folder}: {name} should be {list(shape)}, is {list(found)}")
         self.used.add(name)
-        return file.get_tensor(name)
+        return read_tensor(file, name, self.folder / self.file_of[name])
+
+    def refuse_few(self, config):
+        """ValueError if a model is far larger than what is here, before minutes of building it."""
+        needed = config.layers * 7 + 3 * config.experts * (config.layers - config.dense_layers)
+        if needed > 2 * len(self.file_of):
+            raise ValueError(f"{self.folder}: by its config.json the model has {needed:,} tensors "
+                             f"or more, the checkpoint {len(self.file_of):,}")
 
     def finish(self):
         """ValueError unless everything in the files was asked for."""
@@ -184,6 +196,19 @@ class Shards:
             some = ", ".join(left[:3]) + (" ..." if len(left) > 3 else "")
             raise ValueError(f"{self.folder}: {len(left)} weights of the checkpoint have no place "
                              f"in the model: {some}")
+
+
+def read_index(path):
+    """The name of each tensor -> the name of its file, which lies beside the index."""
+    raw = read_json(path)
+    file_of = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(file_of, dict):
+        raise ValueError(f"{path} has no weight_map, which says where each weight is")
+    for file in file_of.values():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise ValueError(f"{path} names the file {show(file)}, which is not a safetensors "
+                             "file beside it")
+    return file_of
 
 
 def random_source(device, seed=0):

@@ -3,10 +3,55 @@
 Fields are required, not defaulted: the published classes' defaults (no rotation, biases, dropout
 of 0.1) are not what the checkpoints hold. Which fields a family reads stands in its row in
 families.py.
+
+A field of the file is taken if the family reads it, if its value is what the blocks compute, or if
+it changes nothing. Any other field is named and refused: it may ask for other mathematics. A field
+that is null says nothing.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
+from reprlib import Repr
+
+from files import MOST_TENSORS
+
+MOST_WIDE = 1 << 24  # numbers in a row or a column of a matrix
+
+# Fields that change nothing of what is computed here: names and versions, ids of tokens, how
+# weights begin, dropout of a training that is not ours, and what the library's own generation asks.
+HARMLESS = frozenset("""
+    model_type architectures auto_map transformers_version tokenizer_class prefix
+    name_or_path _name_or_path _commit_hash _attn_implementation _attn_implementation_autoset
+    _experts_implementation _moe_implementation attn_implementation unsloth_fixed unsloth_version
+    initializer_range use_cache return_dict use_return_dict torchscript use_bfloat16
+    tf_legacy_loss gradient_checkpointing chunk_size_feed_forward output_attentions
+    output_hidden_states output_scores output_router_logits router_aux_loss_coef
+    attention_dropout embedding_dropout output_dropout residual_dropout hidden_dropout
+    bos_token_id eos_token_id pad_token_id mask_token_id sep_token_id decoder_start_token_id
+    finetuning_task task_specific_params problem_type num_labels id2label label2id
+    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups
+    temperature top_k top_p typical_p repetition_penalty length_penalty diversity_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
+    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    """.split())
+# What the library may say of any model, and the values that are computed here.
+PRECISIONS = (None, "float32", "float16", "bfloat16", "float64")
+NEUTRAL = dict(
+    dtype=PRECISIONS, torch_dtype=PRECISIONS,
+    is_encoder_decoder=(None, False), is_decoder=(None, False), is_causal=(None, False),
+    add_cross_attention=(None, False), tie_encoder_decoder=(None, False), pruned_heads=(None, {}),
+    tie_word_embeddings=(None, False))
+# Where a file says that its weights are quantised.
+QUANTISED = ("quantization_config", "quantization", "compression_config")
+
+_short = Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 100
+
+
+def show(value):
+    """A value from a stranger's file, short and on one line."""
+    return _short.repr(value)
 
 
 @dataclass(frozen=True)
@@ -33,12 +78,18 @@ class Config:
     routed_scale: float = 1.0
     max_length: int = 0    # positions the model was made for
     mask_id: int | None = None
-    eos_id: int | None = None
-    eos_ids: tuple = ()    # every token that config.json calls an end
+    eos_ids: tuple = ()    # all tokens that end a text
+
+    @property
+    def eos_id(self):
+        """The end that is written after a text."""
+        return self.eos_ids[0] if self.eos_ids else None
 
     def check(self, name):
         """ValueError, with `name` for the file, if the sizes do not fit together."""
-        if self.heads % self.kv_heads or self.rotary_dim % 2 or self.top_k > self.experts:
+        self.check_size(name)
+        odd_rotation = self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim
+        if self.heads % self.kv_heads or odd_rotation or self.top_k > self.experts:
             raise ValueError(
                 f"{name}: heads {self.heads}, key-value heads {self.kv_heads}, rotated channels "
                 f"{self.rotary_dim}, top-k {self.top_k} do not fit together")
@@ -48,6 +99,20 @@ class Config:
             raise ValueError(
                 f"{name}: {self.experts} experts in {self.groups} groups, {self.top_groups} of "
                 f"them chosen, do not leave {self.top_k} experts for a token")
+        if self.dense_layers > self.layers:
+            raise ValueError(f"{name}: {self.dense_layers} dense layers are more than all "
+                             f"{self.layers} layers")
+
+    def check_size(self, name):
+        """ValueError if the model is too large to be one: each size may be in its range, and
+        their product not."""
+        tensors = self.layers * (3 * self.experts + 12)
+        if tensors > MOST_TENSORS:
+            raise ValueError(f"{name}: {self.layers:,} layers with {self.experts:,} experts are "
+                             f"about {tensors:,} tensors; at most {MOST_TENSORS:,} are read")
+        widest = max(self.heads * self.head_dim, self.ffn, self.shared, self.vocab_size)
+        if widest > MOST_WIDE:
+            raise ValueError(f"{name}: a matrix of {widest:,} rows; at most {MOST_WIDE:,} are read")
 
 
 class Fields:
@@ -57,43 +122,111 @@ class Fields:
     def __init__(self, raw, name):
         if not isinstance(raw, dict):
             raise ValueError(f"{name} is not a model's configuration")
-        # transformers 5 puts rope_theta and the like into rope_parameters.
-        self.raw, self.name = {**(raw.get("rope_parameters") or {}), **raw}, name
+        self.raw, self.name, self.known = dict(raw), name, set(HARMLESS)
+
+    def read_common(self):
+        """The fields that any model of the library may have."""
+        self.refuse_quantised()
+        for place in ("rope_parameters", "rope_scaling"):
+            self.read_rotation(place)
+        self.only(**NEUTRAL)
+
+    def get(self, key):
+        """The value of a field, which is known from now on."""
+        self.known.add(key)
+        return self.raw.get(key)
 
     def number(self, key, *others, low=1, high=1 << 20, kind=int):
         """The number under `key`, or under the first of `others` that is given."""
-        for name in (key, *others):
-            if self.raw.get(name) is not None:
-                key = name
-                break
+        given = [name for name in (key, *others) if self.get(name) is not None]
+        key = given[0] if given else key
         value = self.raw.get(key)
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not good or not low <= value <= high or kind(value) != value:
             raise ValueError(
-                f"{self.name}: {key} is {value!r}; it must be a number from {low} to {high}")
+                f"{self.name}: {key} is {show(value)}; it must be a number from {low} to {high}")
         return kind(value)
+
+    def ignore(self, *keys):
+        """These fields change nothing of what this family's blocks compute."""
+        self.known.update(keys)
+
+    def share(self, width, heads):
+        """The width of a head, where no field says it."""
+        if width % heads:
+            raise ValueError(f"{self.name}: {heads} heads do not share a width of {width}")
+        return width // heads
 
     def only(self, **allowed):
         """Refuse a field that asks for mathematics that the blocks do not compute."""
         for key, values in allowed.items():
-            if self.raw.get(key) not in values:
-                raise ValueError(f"{self.name}: {key} is {self.raw.get(key)!r}, a variant that "
-                                 "this code does not compute")
+            if self.get(key) not in values:
+                self.refuse(key, self.raw.get(key))
 
-    def special_ids(self):
-        """The ids of mask and ends as the file has them; None and () where it names none."""
-        ends = end_ids(self.raw, self.name)
-        return dict(mask_id=self.raw.get("mask_token_id"), eos_id=ends[0] if ends else None,
-                    eos_ids=ends)
+    def refuse(self, key, value):
+        raise ValueError(f"{self.name}: {key} is {show(value)}, a variant that this code does not "
+                         "compute")
+
+    def read_rotation(self, place):
+        """Take rope_theta and the like out of rope_parameters or rope_scaling.
+
+        The library has called the same thing by both names, and rope_theta may stand beside it.
+        """
+        inner = self.get(place)
+        if inner is None:
+            return
+        if not isinstance(inner, dict):
+            self.refuse(place, inner)
+        for key, value in inner.items():
+            if key in ("rope_theta", "partial_rotary_factor"):
+                before = self.raw.get(key)
+                if before is not None and value is not None and before != value:
+                    raise ValueError(f"{self.name}: {key} is {show(before)}, but {show(value)} in "
+                                     f"{place}; which of them is right?")
+                self.raw[key] = value if before is None else before
+            elif value is not None and (key, value) not in (("rope_type", "default"),
+                                                            ("type", "default")):
+                self.refuse(f"{place}: {show(key)}", value)
+
+    def refuse_quantised(self):
+        for key in QUANTISED:
+            value = self.raw.get(key)
+            if value is not None:
+                raise ValueError(f"{self.name}: {key} is {show(value)}, but quantised weights are "
+                                 "not read; take the model's own files, which --load-4bit "
+                                 "quantises")
+
+    def refuse_unknown(self):
+        """ValueError if a field is left that nobody has asked for."""
+        for key, value in self.raw.items():
+            if key not in self.known and value is not None:
+                raise ValueError(f"{self.name}: {show(key)} is {show(value)}. This code does not "
+                                 "know the field, which may ask for other mathematics; remove it "
+                                 "if it changes nothing")
+
+    def special_ids(self, vocab_size):
+        """The ids of mask and ends, as far as the file names them."""
+        mask = self.get("mask_token_id")
+        if mask is not None:
+            check_id(mask, vocab_size, "mask", "mask_token_id", self.name)
+        return dict(mask_id=mask, eos_ids=read_ends(self.raw, vocab_size, self.name))
 
 
-def end_ids(raw, name):
-    """The ids that a config.json or generation_config.json calls ends: one, a list, or none."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"{name} is not a model's configuration")
+def read_ends(raw, vocab_size, name, before=()):
+    """The ids of all ends: those `before`, then those that a config.json or
+    generation_config.json names, as one id, a list or none.
+
+    The token that pads is no end unless it is named as one.
+    """
     ends = raw.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends] * (ends is not None)
-    if not all(type(i) is int for i in ends):
-        raise ValueError(f"{name}: eos_token_id is {raw['eos_token_id']!r}; it must be an id in "
-                         "the vocabulary, or a list of ids")
-    return tuple(ends)
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    for i in ends:
+        check_id(i, vocab_size, "end", "eos_token_id", name)
+    return tuple(dict.fromkeys([*before, *ends]))
+
+
+def check_id(i, vocab_size, what, key, name):
+    """ValueError unless i is the id of a token. key: where it stands in the file `name`."""
+    if type(i) is not int or not 0 <= i < vocab_size:
+        raise ValueError(f"{name}: the {what} token's id is {show(i)}, outside the vocabulary of "
+                         f"{vocab_size}; correct {key}")

@@ -10,7 +10,7 @@ from typing import Callable, NamedTuple
 import memdlm
 from backbones.block_diffusion import block_diffusion
 from backbones.blocks import LLaDA2Block, LLaDABlock, LLaDAMoEBlock
-from backbones.config import Config, Fields
+from backbones.config import Config, Fields, show
 from files import model_folder, read_json
 
 
@@ -32,8 +32,6 @@ class Family(NamedTuple):
     rotary_in_float32: bool  # else rotation is in the model's precision
     block_length: int       # of a block, which sees itself and those before; 0: all sees all
     decoder: Callable
-    mask_id: int            # of random weights, if config.json names none
-    eos_id: int
     mask_token: str         # what the tokenizer calls the mask
     turn_ends: tuple        # tokens that end a turn, besides the end of text
     turn_marks: tuple       # tokens that structure a chat
@@ -47,14 +45,21 @@ def _dense(fields):
         block_type=("llama",), layer_norm_type=("rms",), activation_type=("silu",),
         alibi=(None, False), include_bias=(None, False), include_qkv_bias=(None, False),
         attention_layer_norm=(None, False), weight_tying=(False,), clip_qkv=(None,),
-        rope=(None, True), scale_logits=(None, False), input_emb_norm=(None, False))
+        rope=(None, True), scale_logits=(None, False), input_emb_norm=(None, False),
+        rope_full_precision=(None, True), partial_rotary_factor=(None, 1),
+        layer_norm_with_affine=(None, True), bias_for_layer_norm=(None, False),
+        multi_query_attention=(None, False), block_group_size=(None, 1))
+    # The sizes stand in other fields, and what has no part in this block asks nothing.
+    fields.ignore("mlp_ratio", "alibi_bias_max", "attention_layer_norm_with_affine", "precision",
+                  "flash_attention", "init_device", "init_fn", "init_std", "init_cutoff_factor")
     number = fields.number
     width, heads = number("d_model"), number("n_heads")
+    head_dim = fields.share(width, heads)
     return dict(
         vocab_size=number("embedding_size", "vocab_size", high=1 << 24), width=width,
         layers=number("n_layers", high=1000), heads=heads,
-        kv_heads=number("n_kv_heads", "n_heads"), head_dim=width // heads,
-        rotary_dim=width // heads, rope_theta=number("rope_theta", high=1e12, kind=float),
+        kv_heads=number("n_kv_heads", "n_heads"), head_dim=head_dim,
+        rotary_dim=head_dim, rope_theta=number("rope_theta", high=1e12, kind=float),
         eps=number("rms_norm_eps", low=0, high=1, kind=float), ffn=number("mlp_hidden_size"),
         dense_layers=number("n_layers", high=1000),
         max_length=number("max_sequence_length", high=1 << 30))
@@ -63,12 +68,14 @@ def _dense(fields):
 def _moe(fields):
     """LLaDA-MoE's config.json."""
     fields.only(
-        attention_bias=(None, False), clip_qkv=(None,), rope_scaling=(None,),
-        qk_layernorm=(True,), moe_router_enable_expert_bias=(None, False),
-        partial_rotary_factor=(None, 1), tie_word_embeddings=(None, False),
-        shared_expert_intermediate_size=(None, 0), moe_router_score_function=(None, "softmax"),
-        hidden_act=("silu",), norm_topk_prob=(None, False))
-    frequency = fields.raw.get("moe_layer_freq")
+        attention_bias=(None, False), clip_qkv=(None,), qk_layernorm=(True,),
+        moe_router_enable_expert_bias=(None, False), partial_rotary_factor=(None, 1),
+        shared_expert_intermediate_size=(None, 0, -1), hidden_act=("silu",),
+        moe_router_score_function=(None, "softmax"), norm_topk_prob=(None, False),
+        router_num_group=(None, 1, 0, -1, -2), router_topk_group=(None, 1, 0, -1, -2),
+        routed_scaling_factor=(None, 1))
+    fields.ignore("dense_intermediate_size")  # there is no dense layer
+    frequency = fields.get("moe_layer_freq")
     frequency = 1 if frequency is None else frequency
     if any(layer != 1 for layer in (frequency if isinstance(frequency, list) else [frequency])):
         raise ValueError(f"{fields.name}: dense layers (moe_layer_freq with a 0) are a variant "
@@ -81,15 +88,19 @@ def _moe2(fields):
     """LLaDA2.x's config.json."""
     fields.only(
         use_bias=(False,), use_qkv_bias=(None, False), use_qk_norm=(None, True),
-        rope_scaling=(None,), score_function=(None, "sigmoid"),
-        tie_word_embeddings=(None, False), hidden_act=("silu",), norm_head=(None, False),
-        use_sliding_window=(None, False), norm_topk_prob=(None, True))
+        score_function=(None, "sigmoid"), hidden_act=("silu",), norm_head=(None, False),
+        use_sliding_window=(None, False), norm_topk_prob=(None, True), norm_softmax=(None, False),
+        use_rmsnorm=(None, True), using_split_qkv_in_self_attention=(None, False),
+        moe_router_enable_expert_bias=(None, True), router_dtype=(None, "fp32", "float32"))
+    fields.ignore("sliding_window", "max_window_layers")  # of a window that is not used
     number, sizes = fields.number, _sizes(fields)
-    if fields.raw.get("partial_rotary_factor") is None and fields.raw.get("rotary_dim"):
-        rotary_dim = number("rotary_dim")
-    else:
+    rotary_dim, share = fields.get("rotary_dim"), fields.get("partial_rotary_factor")
+    if share is not None or rotary_dim is None:
         share = number("partial_rotary_factor", low=0, high=1, kind=float)
+        fields.only(rotary_dim=(None, int(sizes["head_dim"] * share)))  # two names of one thing
         rotary_dim = int(sizes["head_dim"] * share)
+    else:
+        rotary_dim = number("rotary_dim")
     expert_ffn = number("moe_intermediate_size")
     return sizes | dict(
         rotary_dim=rotary_dim, expert_ffn=expert_ffn, ffn=number("intermediate_size"),
@@ -103,11 +114,12 @@ def _sizes(fields):
     """What both MoE families call by the library's usual names."""
     number = fields.number
     width, heads = number("hidden_size"), number("num_attention_heads")
-    head_dim = number("head_dim") if fields.raw.get("head_dim") else width // heads
+    head_dim = number("head_dim") if fields.get("head_dim") else fields.share(width, heads)
     return dict(
         vocab_size=number("vocab_size", high=1 << 24), width=width,
         layers=number("num_hidden_layers", high=1000), heads=heads,
-        kv_heads=number("num_key_value_heads"), head_dim=head_dim, rotary_dim=head_dim,
+        kv_heads=number("num_key_value_heads", "num_attention_heads"), head_dim=head_dim,
+        rotary_dim=head_dim,
         rope_theta=number("rope_theta", high=1e12, kind=float),
         eps=number("rms_norm_eps", low=0, high=1, kind=float),
         experts=number("num_experts", high=1 << 14), top_k=number("num_experts_per_tok"),
@@ -123,7 +135,7 @@ FAMILIES = {
         attention=("q_proj", "k_proj", "v_proj", "attn_out"),
         ffn=("ff_proj", "up_proj", "ff_out"), router="", head_norms=False,
         rotary_in_float32=True, block_length=0, decoder=memdlm.denoise,
-        mask_id=126336, eos_id=126081, mask_token="<|mdm_mask|>", turn_ends=("<|eot_id|>",),
+        mask_token="<|mdm_mask|>", turn_ends=("<|eot_id|>",),
         turn_marks=("<|start_header_id|>", "<|end_header_id|>"),
         published={"llada-8b": dict(
             model_type="llada", d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32,
@@ -132,31 +144,32 @@ FAMILIES = {
             rope_theta=500000.0, max_sequence_length=4096, weight_tying=False,
             mask_token_id=126336, eos_token_id=126081)},
         tiny=dict(d_model=64, n_layers=4, n_heads=4, n_kv_heads=4, mlp_hidden_size=128,
-                  vocab_size=320, embedding_size=320)),
+                  vocab_size=320, embedding_size=320, eos_token_id=300, mask_token_id=301)),
     "llada_moe": Family(
         title="LLaDA-MoE", model_types=("llada", "lladamoe", "llada_moe"), marker="num_experts",
         translate=_moe, block=LLaDAMoEBlock, embed="model.embed_tokens", layers="model.layers",
         norm="model.norm", head="lm_head", attention=("q_proj", "k_proj", "v_proj", "o_proj"),
         ffn=("gate_proj", "up_proj", "down_proj"), router="gate", head_norms=True,
         rotary_in_float32=False, block_length=0, decoder=memdlm.denoise,
-        mask_id=156895, eos_id=156892, mask_token="<|mask|>", turn_ends=("<|role_end|>",),
+        mask_token="<|mask|>", turn_ends=("<|role_end|>",),
         turn_marks=("<role>", "</role>"),
         published={"llada-moe": dict(
             model_type="llada", hidden_size=2048, num_hidden_layers=16, num_attention_heads=16,
             num_key_value_heads=16, expert_intermediate_size=1024, num_experts=64,
             num_experts_per_tok=8, vocab_size=157184, rms_norm_eps=1e-5, rope_theta=50000,
             hidden_act="silu", qk_layernorm=True, max_position_embeddings=8192,
-            pad_token_id=156892, mask_token_id=156895)},
+            eos_token_id=156892, mask_token_id=156895)},
         tiny=dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
                   num_key_value_heads=4, num_experts=8, num_experts_per_tok=2,
-                  expert_intermediate_size=64, vocab_size=320)),
+                  expert_intermediate_size=64, vocab_size=320, eos_token_id=300,
+                  mask_token_id=301)),
     "llada2": Family(
         title="LLaDA2.x", model_types=("llada2_moe", "llada2_moe_21", "llada21_moe"),
         marker="", translate=_moe2, block=LLaDA2Block, embed="model.word_embeddings",
         layers="model.layers", norm="model.norm", head="lm_head",
         attention=("query_key_value", "dense"), ffn=("gate_proj", "up_proj", "down_proj"),
         router="", head_norms=True, rotary_in_float32=False, block_length=32,
-        decoder=block_diffusion, mask_id=156895, eos_id=156892, mask_token="<|mask|>",
+        decoder=block_diffusion, mask_token="<|mask|>",
         turn_ends=("<|role_end|>",), turn_marks=("<role>", "</role>"),
         published={"llada2.1-mini": dict(
             model_type="llada2_moe", hidden_size=2048, num_hidden_layers=20,
@@ -165,11 +178,11 @@ FAMILIES = {
             num_shared_experts=1, n_group=8, topk_group=4, routed_scaling_factor=2.5,
             first_k_dense_replace=1, vocab_size=157184, rms_norm_eps=1e-6, rope_theta=600000,
             partial_rotary_factor=0.5, hidden_act="silu", use_bias=False,
-            max_position_embeddings=32768, pad_token_id=156892, mask_token_id=156895)},
+            max_position_embeddings=32768, eos_token_id=156892, mask_token_id=156895)},
         tiny=dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
                   num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=2,
                   n_group=4, topk_group=2, intermediate_size=128, moe_intermediate_size=64,
-                  vocab_size=320)),
+                  vocab_size=320, eos_token_id=300, mask_token_id=301)),
 }
 PUBLISHED = {name: raw for family in FAMILIES.values() for name, raw in family.published.items()}
 TINY = {name: raw | family.tiny for family in FAMILIES.values()
@@ -193,12 +206,15 @@ def translate(raw, name="config.json"):
     kind = fields.raw.get("model_type")
     for key, family in FAMILIES.items():
         if kind in family.model_types and (not family.marker or family.marker in fields.raw):
-            config = Config(family=key, **family.translate(fields), **fields.special_ids())
+            fields.read_common()
+            sizes = family.translate(fields)
+            config = Config(family=key, **sizes, **fields.special_ids(sizes["vocab_size"]))
             config.check(name)
+            fields.refuse_unknown()
             return config
     known = []
     for family in FAMILIES.values():
         marker = f" with {family.marker}" if family.marker else ""
         known.append(f"{family.title} ({', '.join(family.model_types)}{marker})")
-    raise ValueError(f"{name}: model_type {kind!r} is not supported; supported are "
+    raise ValueError(f"{name}: model_type {show(kind)} is not supported; supported are "
                      f"{', '.join(known)}; other architectures have no code here")

@@ -10,9 +10,29 @@ from pathlib import Path
 from zlib import crc32
 
 import torch
+from torch import nn
 
+from backbones.config import show
 from backbones.families import FAMILIES
-from files import model_folder, read_json, write_json, write_tensors, write_whole
+from files import (
+    MOST_TENSORS, model_folder, open_tensors, read_json, read_tensor, write_json, write_tensors,
+    write_whole,
+)
+
+# The fields of adapter_config.json that change nothing once the adapter is trained ...
+HARMLESS = frozenset("""
+    r lora_alpha base_model_name_or_path target_modules lora_dropout inference_mode revision
+    task_type auto_mapping peft_version megatron_core qalora_group_size
+    """.split())
+# ... and those of PEFT's variants, with the values that make it a plain LoRA. Null always does.
+PLAIN = dict(
+    peft_type=("LORA",), bias=("none",), init_lora_weights=(True, False, "gaussian"),
+    use_dora=(False,), use_rslora=(False,), use_qalora=(False,), use_bdlora=(False,),
+    lora_bias=(False,), fan_in_fan_out=(False,), ensure_weight_tying=(False,), rank_pattern=({},),
+    alpha_pattern=({},), loftq_config=({},), modules_to_save=([],), target_parameters=([],),
+    layers_to_transform=([],), layers_pattern=([], ""), layer_replication=([],),
+    trainable_token_indices=([], {}), alora_invocation_tokens=([],),
+    exclude_modules=([], "", *(family.head for family in FAMILIES.values())))
 
 
 # ---- On a backbone ------------------------------------------------------------------------------
@@ -93,8 +113,6 @@ def read_adapter(folder, base):
     The dict has the content of base.json under `made_for`. base: the name of the model that the
     adapter will be used on. ValueError, one line, if it is not a plain LoRA for that model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
     folder = model_folder(folder)
     raw, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     check_adapter_config(raw, folder)
@@ -102,35 +120,42 @@ def read_adapter(folder, base):
     raw["r"] = int(raw["r"])  # it may be written as 8.0
     made_for = folder / "base.json"
     raw["made_for"] = read_json(made_for) if made_for.exists() else {}
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing (an adapter must be in safetensors)") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    if not path.is_file():
+        raise ValueError(f"{path} is missing (an adapter must be in safetensors)")
+    file = open_tensors(path, 2 * MOST_TENSORS)
+    tensors = {name: read_tensor(file, name, path).float() for name in file.keys()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} holds numbers that are not finite; the file is "
-                             "damaged")
+            raise ValueError(f"{path}: {show(name)} holds numbers that are not finite; the file "
+                             "is damaged")
     return raw, tensors
 
 
 def check_adapter_config(raw, folder):
-    """ValueError unless adapter_config.json describes a plain LoRA."""
-    if raw.get("init_lora_weights") not in (True, False, None, "gaussian"):
-        raise ValueError(f"{folder}: initialised by {raw['init_lora_weights']}, which changes the "
-                         "base weights too; not supported")
-    variants = ("use_dora", "use_rslora", "modules_to_save", "target_parameters", "rank_pattern",
-                "alpha_pattern", "layer_replication", "fan_in_fan_out", "lora_bias")
-    odd = [key for key in variants if raw.get(key)]
-    if raw.get("peft_type") != "LORA" or odd or raw.get("bias", "none") != "none":
-        raise ValueError(f"{folder}: only plain LoRA adapters are read, this one has "
-                         f"{', '.join(odd) or raw.get('peft_type')}")
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    good = isinstance(rank, (int, float)) and 0 < rank <= 1 << 16
-    if not good or not isinstance(alpha, (int, float)):
-        raise ValueError(f"{folder}/adapter_config.json: r {rank!r} and lora_alpha {alpha!r} must "
-                         "be numbers")
+    """ValueError unless adapter_config.json describes a plain LoRA.
+
+    As in a model's config.json, a field is taken if it is known and asks for what is computed
+    here, or if it changes nothing.
+    """
+    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        raise ValueError(f"{folder}: only plain LoRA adapters are read, this is none; its "
+                         "adapter_config.json has no peft_type LORA")
+    how = raw.get("init_lora_weights")
+    if how is not None and how not in PLAIN["init_lora_weights"]:
+        raise ValueError(f"{folder}: initialised by {show(how)}, which changes the base weights "
+                         "too; not supported")
+    for key, value in raw.items():
+        if value is None or key in HARMLESS or (key in PLAIN and value in PLAIN[key]):
+            continue
+        why = "" if key in PLAIN else ", a field that this code does not know"
+        raise ValueError(f"{folder}: only plain LoRA adapters are read, this one has {show(key)} "
+                         f"{show(value)}{why}")
+    for key, high in (("r", 1 << 16), ("lora_alpha", 1 << 20)):
+        value = raw.get(key)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not good or not 0 < value <= high or (key == "r" and value % 1):
+            raise ValueError(f"{folder}/adapter_config.json: {key} {show(value)} must be a "
+                             f"{'whole ' * (key == 'r')}number above 0, at most {high}")
 
 
 def check_adapter_name(raw, folder, base):
@@ -139,7 +164,9 @@ def check_adapter_name(raw, folder, base):
     Base and Instruct models have the same shapes, so only the name tells them apart. A path on
     someone's disk says nothing.
     """
-    theirs = str(raw.get("base_model_name_or_path") or "")
+    theirs = raw.get("base_model_name_or_path") or ""
+    if not isinstance(theirs, str) or not theirs.isprintable() or len(theirs) > 1000:
+        raise ValueError(f"{folder}: base_model_name_or_path is {show(theirs)}, which is no name")
     our_name, their_name = (model.rstrip("/").rpartition("/")[2].lower()
                             for model in (base, theirs))
     merged = "merged with" in theirs + base  # load_backbone calls it so
@@ -153,8 +180,36 @@ def refuse_other_weights(raw, folder, base, own):
     """ValueError if base.json names other weights. own: the checksum of those that are here."""
     made_for = raw["made_for"]
     if isinstance(made_for, dict) and made_for.get("checksum", own) != own:
-        raise ValueError(f"{folder} was made for other weights ({made_for.get('name')}) than those "
+        name = show(made_for.get("name"))
+        raise ValueError(f"{folder} was made for other weights ({name}) than those "
                          f"of {base}; remove its base.json to use it all the same")
+
+
+def check_places(tensors, network, config, rank, folder):
+    """Names of the layers that an adapter adapts, and {key of its file: shape} of what they need.
+
+    ValueError if a tensor belongs to anything else, such as a norm or an embedding. network: the
+    model before it gets a LoRA.
+    """
+    family = FAMILIES[config.family]
+    allowed = lora_targets(config, "all", bool(family.router))
+    name_in = {key: key.rpartition(".lora_")[0].rpartition(".")[2] for key in tensors}
+    targets, shapes = sorted(set(name_in.values())), {}
+    odd = [show(key) for key, name in name_in.items() if name not in allowed]
+    if odd or not targets:
+        raise ValueError(f"{folder} adapts {odd[0] if odd else 'nothing'}; a LoRA on this model is "
+                         f"on {', '.join(allowed)}")
+    for name, module in network.named_modules():
+        if (isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
+                and name != family.head):
+            stem = f"base_model.model.{name}.lora_"
+            shapes[stem + "A.weight"] = (rank, module.in_features)
+            shapes[stem + "B.weight"] = (module.out_features, rank)
+    wrong = [key for key, tensor in tensors.items() if tuple(tensor.shape) != shapes.get(key)]
+    if wrong:
+        raise ValueError(f"{folder} was made for another model: {len(wrong)} of {len(tensors)} "
+                         f"keys do not fit, such as {show(min(wrong))}")
+    return targets, shapes
 
 
 def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):
@@ -163,40 +218,33 @@ def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):
     ValueError unless every key of the file fits and every layer gets its part.
     """
     raw, tensors = read_adapter(folder, backbone.name)
-    targets = sorted({key.rpartition(".lora_")[0].rpartition(".")[2] for key in tensors})
-    allowed = lora_targets(backbone.config, "all", bool(backbone.family.router))
-    if not targets or not set(targets) <= set(allowed):
-        raise ValueError(f"{folder} adapts {', '.join(targets[:8]) or 'nothing'}; this model has "
-                         f"{', '.join(allowed)}")
-    add_lora(backbone, raw["r"], raw["lora_alpha"], dropout, dtype=dtype, targets=targets)
-    places = lora_weights(backbone)
-    wrong = [key for key in tensors.keys() | places.keys()
-             if key not in tensors or key not in places or tensors[key].shape != places[key].shape]
-    if wrong:
-        raise ValueError(f"{folder} was made for another model: {len(wrong)} of {len(tensors)} "
-                         f"keys do not fit, such as {min(wrong)}")
+    targets, shapes = check_places(tensors, backbone.network, backbone.config, raw["r"], folder)
+    missing = shapes.keys() - tensors.keys()
+    if missing:
+        raise ValueError(f"{folder} was made for another model: {len(missing)} keys do not fit: "
+                         f"they are missing, such as {min(missing)}")
     refuse_other_weights(raw, folder, backbone.name, backbone.weights_checksum())
-    for key, p in places.items():
+    add_lora(backbone, raw["r"], raw["lora_alpha"], dropout, dtype=dtype, targets=targets)
+    for key, p in lora_weights(backbone).items():
         p.data.copy_(tensors[key])
     return backbone
 
 
-def merge_adapter(source, folder, network, base, embed):
+def merge_adapter(source, folder, network, base, config):
     """A source of weights like `source`, but with the adapter's product: W + (alpha / r) B A.
 
     The sum is made before W is quantised, so it is rounded once, not twice. source(name, shape)
-    gives a tensor, as checkpoint.Shards does. network: the empty model. embed: the path of its
-    embedding. ValueError if the adapter is for another model.
+    gives a tensor, as checkpoint.Shards does. network: the empty model. ValueError if the adapter
+    is for another model.
     """
     raw, tensors = read_adapter(folder, base)
     scale, weights = raw["lora_alpha"] / raw["r"], dict(network.named_parameters())
+    check_places(tensors, network, config, raw["r"], folder)
     stems = {key.rpartition(".lora_")[0] for key in tensors}
-    for stem in sorted(stems):
-        parts = [tensors.get(f"{stem}.lora_{x}.weight") for x in "AB"]
-        shapes = [None if part is None else tuple(part.shape) for part in parts]
-        place = weights.get(stem.removeprefix("base_model.model.") + ".weight")
-        if place is None or shapes != [(raw["r"], place.shape[1]), (place.shape[0], raw["r"])]:
-            raise ValueError(f"{folder} was made for another model: its {stem} has no place here")
+    for stem in stems:
+        if not all(f"{stem}.lora_{x}.weight" in tensors for x in "AB"):
+            raise ValueError(f"{folder} is damaged: of {stem} only A or only B is there")
+    embed = FAMILIES[config.family].embed
     vectors = [source(name, p.shape) for name, p in weights.items() if p.dim() == 1]
     embedding = source(f"{embed}.weight", weights[f"{embed}.weight"].shape)
     refuse_other_weights(raw, folder, base, weights_checksum(embedding, vectors))
@@ -205,6 +253,6 @@ def merge_adapter(source, folder, network, base, embed):
         W, stem = source(name, shape), "base_model.model." + name.removesuffix(".weight")
         if stem not in stems:
             return W
-        A, B = (tensors[f"{stem}.lora_{x}.weight"].to(W.device).float() for x in "AB")
+        A, B = (tensors[f"{stem}.lora_{x}.weight"].to(W.device) for x in "AB")
         return (W.float() + scale * B @ A).to(W.dtype)
     return with_adapter

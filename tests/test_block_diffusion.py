@@ -137,7 +137,7 @@ def test_a_row_ends_with_its_turn_or_its_text(tiny_models, stop):
 def test_steps_per_block_share_the_block():
     backbone, batch = tiny_backbone("llada2.1-mini"), random_batch([64])
     fill = torch.arange(64)[None] >= 32
-    backbone.config = replace(backbone.config, eos_id=319)
+    backbone.config = replace(backbone.config, eos_ids=(319,))
     for steps in (1, 5, 10, 20, 24, 32, 40):
         canvases = list(
             block_diffusion(backbone, Settings(), batch.x0, fill, batch.valid, [0], threshold=1.0,
@@ -181,7 +181,7 @@ def test_cached_decoding_computes_few_positions():
     backbone.embed = lambda ids: computed.append(ids.shape[1]) or real(ids)
     batch = random_batch([256 + 64])
     fill = torch.arange(320)[None] >= 256
-    backbone.config = replace(backbone.config, eos_id=319)  # never said
+    backbone.config = replace(backbone.config, eos_ids=(319,))  # never said
     for _ in block_diffusion(backbone, Settings(), batch.x0, fill, batch.valid, [0], threshold=1.0):
         pass
     assert sum(computed) <= 256 + 33 * 64 and computed[0] == 256

@@ -1,6 +1,9 @@
 """From a folder to a backbone: loading, refusals, 4 bits."""
 import json
+import os
+import re
 import shutil
+import time
 
 import pytest
 import torch
@@ -106,6 +109,119 @@ def test_what_does_not_fit_is_refused_in_one_line(tiny_models, tmp_path, change,
     with pytest.raises(ValueError, match=says.replace("[", r"\[")) as error:
         load_backbone(broken(tiny_models / "llada-moe", tmp_path, change))
     assert "\n" not in str(error.value)
+
+
+def retype(dtype, part):
+    """A function that changes the dtype of the weights whose name holds `part`."""
+    def change(copy):
+        for path in copy.glob("*.safetensors"):
+            weights = load_file(path)
+            save_file({k: w.to(dtype) if part in k else w for k, w in weights.items()}, path)
+    return change
+
+
+def write(name, text):
+    return lambda copy: (copy / name).write_text(text)
+
+
+def replace_by(make):
+    """A function that puts something else in the place of a file."""
+    def at(name):
+        def change(copy):
+            (copy / name).unlink(missing_ok=True)
+            make(copy / name)
+        return change
+    return at
+
+
+def rename_tensor(suffix):
+    def change(copy):
+        path = copy / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        name = "model.layers.0.self_attn.q_proj.weight"
+        index["weight_map"][name.replace(".weight", suffix)] = index["weight_map"].pop(name)
+        path.write_text(json.dumps(index))
+    return change
+
+
+def many_tensors(n):
+    """A function that leaves one file, whose header names n empty tensors."""
+    def change(copy):
+        for path in [*copy.glob("*.safetensors"), copy / "model.safetensors.index.json"]:
+            path.unlink()
+        empty = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+        header = ("{" + ",".join(f'"{i}":{empty}' for i in range(n)) + "}").encode()
+        (copy / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return change
+
+
+fifo, device = replace_by(os.mkfifo), replace_by(lambda path: path.symlink_to("/dev/zero"))
+INDEX, SHARD = "model.safetensors.index.json", "model-00001-of-00002.safetensors"
+
+
+@pytest.mark.parametrize("change, says", [
+    *((make(name), f"{name} is not a file") for make in (fifo, device)
+      for name in ("config.json", INDEX, SHARD, "tokenizer.json", "generation_config.json")),
+    (many_tensors(1_200_000), "1,200,000 tensors; at most"),
+    (edit_json("config.json", num_hidden_layers=900), "the checkpoint 135"),
+    *((write(INDEX, text), says) for text, says in [
+        ("[1]", "has no weight_map"), ("{}", "has no weight_map"),
+        ('{"weight_map": ["a"]}', "has no weight_map"),
+        ('{"weight_map": {"lm_head.weight": ["a"]}}', "names the file ['a']"),
+        ('{"weight_map": {"lm_head.weight": "/etc/x.safetensors"}}', "names the file '/etc/x"),
+        ('{"weight_map": {"lm_head.weight": "..\\\\x.safetensors"}}', "names the file '..")]),
+    *((retype(dtype, part), f"holds {says}, which is quantised or no weight") for dtype, part, says
+      in [(torch.int8, "q_proj", "I8"), (torch.float8_e4m3fn, "up_proj", "F8_E4M3"),
+          (torch.int64, "norm", "I64"), (torch.bool, "gate", "BOOL")]),
+    (edit_weights(lambda w: w.update({k: w[k].double() * 1e300 for k in [min(w)]})), "not finite"),
+    *((rename_tensor(suffix), f"q_proj{suffix} is part of quantised weights") for suffix in (
+        ".qweight", ".scales", ".weight.absmax", ".weight_scale_inv", ".weight_packed",
+        ".weight.quant_state.bitsandbytes__nf4", ".SCB"))])
+def test_a_strangers_folder_is_refused_within_seconds(tiny_models, tmp_path, change, says):
+    folder = broken(tiny_models / "llada-moe", tmp_path, change)
+    begin = time.perf_counter()
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        load_backbone(folder)
+    assert str(error.value).isprintable() and time.perf_counter() - begin < 3
+
+
+def no_tokenizer(copy):
+    for path in copy.glob("token*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("missing, says", [("mask_token_id", "mask"), ("eos_token_id", "end")])
+def test_mask_and_end_are_never_guessed(folder, tmp_path, missing, says):
+    """Not from the family, and the end not from the padding; the tokenizer's are taken."""
+    def change(copy):
+        edit_json("config.json", **{missing: None})(copy)
+    backbone = load_backbone(broken(folder, tmp_path, change))
+    assert (backbone.mask_id, backbone.config.eos_ids) == (257, (256,))
+    no_tokenizer(tmp_path / "copy")
+    with pytest.raises(ValueError, match=f"names the {says} token; .* as {missing}"):
+        load_backbone(str(tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("config, generation, ends", [
+    (256, None, (256,)), ([7, 256], None, (7, 256)), (7, None, (7, 256)), (7, 8, (7, 8, 256)),
+    (None, [9, 8], (9, 8, 256)), ([], [], (256,))])
+def test_ends_are_those_of_both_files_and_of_the_tokenizer(tiny_models, tmp_path, config,
+                                                           generation, ends):
+    def change(copy):
+        edit_json("config.json", eos_token_id=config)(copy)
+        write("generation_config.json", json.dumps({"eos_token_id": generation}))(copy)
+    config = load_backbone(broken(tiny_models / "llada-moe", tmp_path, change)).config
+    assert config.eos_ids == ends and config.eos_id == ends[0]
+
+
+@pytest.mark.parametrize("text, says", [
+    ("[]", "not the settings of a generation"), ("{", "is not JSON"),
+    ('{"eos_token_id": [7, 320]}', "end token's id is 320, outside the vocabulary of 320"),
+    ('{"eos_token_id": 257}', "mask and end token have the same id, 257")])
+def test_ends_of_a_generation_that_fit_nothing_are_refused(tiny_models, tmp_path, text, says):
+    with pytest.raises(ValueError, match=says):
+        load_backbone(broken(tiny_models / "llada-moe", tmp_path,
+                             write("generation_config.json", text)))
 
 
 def test_fields_in_other_forms():

@@ -222,7 +222,7 @@ def test_a_tokenizer_of_no_sane_size_is_refused(tiny_models, tmp_path):
         load_backbone(str(tmp_path / "m"))
     (tmp_path / "m" / "chat_template.jinja").unlink()
     os.mkfifo(tmp_path / "m" / "chat_template.jinja")
-    with pytest.raises(ValueError, match="no file of at most 1 MiB"):
+    with pytest.raises(ValueError, match="is not a file"):
         load_backbone(str(tmp_path / "m"))
 
 
@@ -308,10 +308,10 @@ def test_a_mask_that_no_file_names_is_not_guessed(tiny_models, tmp_path):
         text = re.sub(r'\s*"mask_token": "[^"]*",', "", text)
         (copy / name).write_text(text)
     edit_config(copy, mask_token_id=...)
-    with pytest.raises(ValueError, match="which token is the mask; set mask_token_id"):
+    with pytest.raises(ValueError, match="names the mask token; put its id into config.json"):
         load_backbone(str(copy))
     (copy / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="which token is the mask; set mask_token_id"):
+    with pytest.raises(ValueError, match="names the mask token; put its id into config.json"):
         load_backbone(str(copy))
 
 
@@ -321,8 +321,8 @@ def test_a_mask_that_no_file_names_is_not_guessed(tiny_models, tmp_path):
     ({"mask_token_id": True}, "outside the vocabulary"),
     ({"eos_token_id": [7, 400]}, "end token's id is 400"),
     ({"eos_token_id": [7, 256], "mask_token_id": 256}, "mask and end token have the same id"),
-    ({"eos_token_id": [[7]]}, "must be an id in the vocabulary"),
-    ({"eos_token_id": "7"}, "must be an id in the vocabulary"),
+    ({"eos_token_id": [[7]]}, "outside the vocabulary"),
+    ({"eos_token_id": "7"}, "outside the vocabulary"),
 ])
 def test_ids_of_mask_and_ends_that_cannot_be_are_refused(tiny_models, tmp_path, changes, says):
     shutil.copytree(tiny_models / "llada-moe", tmp_path / "m")

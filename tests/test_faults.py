@@ -31,7 +31,7 @@ from backbones.checkpoint import load_backbone
 from backbones.families import PUBLISHED, translate
 from backbones.lora import add_lora, read_adapter, save_adapter
 from backbones.tiny import write_tiny
-from runs import build, load_checkpoint, read_settings
+from runs import build, load_checkpoint, read_settings, save_checkpoint
 from settings import Settings
 import memdlm
 import train
@@ -470,6 +470,67 @@ def test_bombs_are_refused_before_anything_is_built(cli, tmp_path, hub):
     for values in ({"num_hidden_layers": 10**9}, {"vocab_size": 10**12}, {"num_experts": 10**9}):
         with pytest.raises(ValueError, match=next(iter(values))):
             translate(raw | values)
+
+
+@pytest.mark.parametrize("values, says", [
+    ({"threads": 5000}, "threads is 5000; it must lie"), ({"steps": True}, "'steps' is True"),
+    ({"lr": float("nan")}, "lr is nan"), ({"lr": float("inf")}, "lr is inf"),
+    ({"grad_clip": float("nan")}, "grad_clip is nan"), ({"lr": 10**400}, "lr is 1000"),
+    ({"lora_alpha": float("inf")}, "lora_alpha is inf"), ({"seed": 10**40}, "seed is 1000"),
+    ({"split_seed": -10**40}, "split_seed is -1000"), ({"min_t": float("nan")}, "min_t is nan"),
+    ({"width": 16384, "layers": 1000}, "more than 268 million weights"),
+    ({"trajectory": "cover:1000000000"}, "K from 1 to 1000"),
+    ({"trajectory": "cover:" + "9" * 5000}, "K from 1 to 1000"),
+    ({"trajectory": "x" * 10**6}, "trajectory is 'xxx"), ({"\x1b[2J": 1}, r"'\\x1b\[2J' is 1"),
+    ({"rank": 1 << 20}, "rank is 1048576"), ("[]", "its content is no object"),
+    ('{"steps": 3, "steps": 4}', "'steps' stands twice"), ("[" * 10**5, "recursion"),
+    (" " * (1 << 24) + " ", "no file of at most 16 MB")])
+def test_settings_that_no_run_can_have_are_refused_in_one_line(tmp_path, values, says):
+    text = values if isinstance(values, str) else json.dumps(asdict(Settings()) | values)
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match=says) as error:
+        read_settings(tmp_path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+def test_settings_from_a_pipe_are_not_waited_for_and_infinity_may_be_a_setting(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({"grad_clip": float("inf")}))
+    assert read_settings(tmp_path).grad_clip == float("inf")
+    (tmp_path / "settings.json").unlink()
+    os.mkfifo(tmp_path / "settings.json")
+    with pytest.raises(ValueError, match="a link or a special file"):
+        read_settings(tmp_path)
+
+
+def change_tensor(key, change):
+    return lambda tensors, state: tensors.update({key: change(tensors[key])})
+
+
+@pytest.mark.parametrize("change, says", [
+    *((lambda tensors, state, step=step: state.update(step=step), "its step is")
+      for step in (-3, 10**9, 5.0, True, "5", None)),
+    (lambda tensors, state: state.update(processes=0.5), "its processes is 0.5"),
+    (lambda tensors, state: state.clear(), "not a checkpoint of this program: 'step'"),
+    (change_tensor("model.norm.weight", lambda x: x.long()), "holds I64"),
+    (change_tensor("model.norm.weight", lambda x: x.to(torch.float8_e4m3fn)), "holds F8_E4M3"),
+    (change_tensor("adamw.exp_avg.norm.weight", lambda x: x[:3]), "exp_avg of norm.weight"),
+    (change_tensor("adamw.exp_avg.norm.weight", lambda x: x / 0), "exp_avg of norm.weight"),
+    (change_tensor("adamw.exp_avg_sq.norm.weight", lambda x: x - 1), "exp_avg_sq of norm.weight"),
+    (change_tensor("adamw.step.norm.weight", lambda x: x.new_zeros(3)), "step of norm.weight"),
+    (lambda tensors, state: tensors.pop("adamw.step.norm.weight"), "step of norm.weight")])
+def test_a_checkpoint_holds_what_its_optimiser_keeps(tmp_path, change, says):
+    _, model = build(Settings(width=16, layers=1, heads=2, threads=1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(p.square().sum() for p in model.parameters()).backward()
+    optimizer.step()
+    save_checkpoint(tmp_path, model, optimizer, 5)
+    assert load_checkpoint(tmp_path, model, optimizer) == 5
+    tensors, state = load_file(tmp_path / "model.safetensors"), dict(step=5, processes=1, base=None)
+    change(tensors, state)
+    save_file(tensors, tmp_path / "model.safetensors", {"state": json.dumps(state)})
+    with pytest.raises(ValueError, match=says) as error:
+        load_checkpoint(tmp_path, model, optimizer)
+    assert "\n" not in str(error.value)
 
 
 def test_weights_that_are_not_numbers_are_refused_by_name(tmp_path, hub):

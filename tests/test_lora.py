@@ -46,7 +46,7 @@ def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(
     weights = tiny_backbone(name).network.state_dict()
     network = build_network(backbone.config)
     source = merge_adapter(lambda key, shape: weights[key], str(tmp_path / "adapter"), network,
-                           name, FAMILIES[backbone.config.family].embed)
+                           name, backbone.config)
     load_weights(network, source, torch.float32, "cpu")
     merged = Backbone(network.eval(), backbone.config)
     torch.testing.assert_close(all_logits(merged, batch.x0, batch.valid), expected, rtol=1e-3,
@@ -70,7 +70,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         }),
         "adapts .*lm_head": lambda c, w: w.update(
             {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}),
-        "initialised by pissa": lambda c, w: c.update(init_lora_weights="pissa"),
+        "initialised by .pissa": lambda c, w: c.update(init_lora_weights="pissa"),
         "was made for x/LLaDA-MoE-Instruct": lambda c, w: c.update(base_model_name_or_path=
                                                                    "x/LLaDA-MoE-Instruct")
     }
@@ -110,6 +110,98 @@ def test_the_name_of_the_base_is_compared_where_it_says_something(tmp_path):
         else:
             with pytest.raises(ValueError, match="was made for"):
                 load_adapter(other, str(tmp_path / "adapter"))
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_models, tmp_path_factory):
+    """A tiny model's folder, and an adapter for it. Do not change them."""
+    folder = tmp_path_factory.mktemp("lora") / "a"
+    save_adapter(random_lora(load_backbone(str(tiny_models / "llada-moe"))), folder)
+    return str(tiny_models / "llada-moe"), folder
+
+
+def change_adapter(adapter, tmp_path, config=None, weights=None):
+    """A copy with other fields in its config, and with a function applied to its tensors."""
+    shutil.copytree(adapter, tmp_path / "b")
+    path, file = tmp_path / "b/adapter_config.json", tmp_path / "b/adapter_model.safetensors"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
+    tensors = load_file(file)
+    if weights:
+        weights(tensors)
+    save_file(tensors, file)
+    return str(tmp_path / "b")
+
+
+STEM = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+
+
+def put(stem, rows, columns):
+    """A function that adds a LoRA on a layer [rows, columns]."""
+    return lambda w: w.update({f"base_model.model.{stem}.lora_A.weight": torch.zeros(4, columns),
+                               f"base_model.model.{stem}.lora_B.weight": torch.zeros(rows, 4)})
+
+
+@pytest.mark.parametrize("config", [
+    {"r": 4.0}, {"exclude_modules": "lm_head"}, {"never_heard_of": None}, {"use_dora": None},
+    {"init_lora_weights": "gaussian", "task_type": "CAUSAL_LM", "peft_version": "0.99"},
+    {"layers_to_transform": [], "alora_invocation_tokens": None, "rank_pattern": {}}])
+def test_other_words_for_a_plain_lora(adapter, tmp_path, config):
+    model, folder = adapter
+    folder = change_adapter(folder, tmp_path, config)
+    load_adapter(load_backbone(model), folder)
+    load_backbone(model, merge=folder)
+
+
+@pytest.mark.parametrize("config, weights, says", [
+    *(({key: value}, None, f"has '{key}'") for key, value in [
+        ("alora_invocation_tokens", [258, 259]), ("never_heard_of", 1), ("use_rslora", True),
+        ("corda_config", {"a": 1}), ("eva_config", {"a": 1}), ("loftq_config", {"loftq_bits": 4}),
+        ("trainable_token_indices", [3]), ("layers_to_transform", [0]), ("bias", "all"),
+        ("exclude_modules", ["q_proj"]), ("rank_pattern", {"q_proj": 8}), ("lora_bias", True),
+        ("use_qalora", True), ("megatron_config", {"a": 1}), ("ensure_weight_tying", True)]),
+    *(({"lora_alpha": alpha}, None, says) for alpha, says in [
+        (float("nan"), "NaN is not finite"), (float("inf"), "Infinity is not finite"),
+        (1e308, "lora_alpha 1e.308 must be"), (0, "lora_alpha 0 must be"),
+        ("8", "lora_alpha '8'"), (True, "lora_alpha True"), (None, "lora_alpha None")]),
+    *(({"r": r}, None, says) for r, says in [
+        (8.9, "r 8.9 must be a whole number"), (True, "r True"), ([4], r"r \[4\]"),
+        (65536, "224 of 224 keys do not fit"), (10**6, "r 1000000 must be")]),
+    ({"init_lora_weights": "eva"}, None, "initialised by 'eva'"),
+    ({"peft_type": "IA3"}, None, "has no peft_type LORA"),
+    ({"base_model_name_or_path": "\x1b[2J"}, None, r"is '\\x1b\[2J', which is no name"),
+    (None, lambda w: w.update({STEM + "A.weight": w[STEM + "A.weight"].long()}), "holds I64"),
+    (None, lambda w: w.update({STEM + "A.weight": w[STEM + "A.weight"].double() + 1e300}),
+     "not finite"),
+    (None, put("model.layers.0.input_layernorm", 64, 64), "adapts .*input_layernorm"),
+    (None, put("model.layers.0.self_attn.q_norm", 16, 16), "adapts .*q_norm"),
+    (None, put("model.embed_tokens", 64, 320), "adapts .*embed_tokens"),
+    (None, put("lm_head", 320, 64), "adapts .*lm_head"),
+    (None, lambda w: w.update({"model.norm.weight": torch.zeros(64)}), "adapts 'model.norm"),
+    (None, lambda w: w.update({STEM[:-5] + "lora_magnitude_vector": torch.zeros(64)}),
+     "1 of 225 keys do not fit"),
+    (None, lambda w: w.update({STEM + "A.weight": torch.zeros(64)}), "1 of 224 keys do not fit"),
+    (None, lambda w: w.pop(STEM + "A.weight"), "they are missing|only A or only B"),
+    (None, lambda w: w.clear(), "adapts nothing")])
+def test_other_adapters_are_named_and_refused_live_and_merged(adapter, tmp_path, config, weights,
+                                                              says):
+    model, folder = adapter
+    folder = change_adapter(folder, tmp_path, config, weights)
+    for use in (lambda: load_adapter(load_backbone(model), folder),
+                lambda: load_backbone(model, merge=folder)):
+        with pytest.raises(ValueError, match=says) as error:
+            use()
+        assert str(error.value).isprintable()
+
+
+def test_the_head_of_llada_8b_has_a_layers_name_and_is_not_merged_into(tiny_models, tmp_path):
+    model = str(tiny_models / "llada-8b")
+    save_adapter(random_lora(load_backbone(model)), tmp_path / "a")
+    head = put("model.transformer.ff_out", 320, 64)
+    folder = change_adapter(tmp_path / "a", tmp_path, None, head)
+    for use in (lambda: load_adapter(load_backbone(model), folder),
+                lambda: load_backbone(model, merge=folder)):
+        with pytest.raises(ValueError, match="2 of 58 keys do not fit"):
+            use()
 
 
 def test_an_adapter_on_other_weights_of_the_same_shape_is_refused(tiny_models, tmp_path):
@@ -169,7 +261,7 @@ def test_the_product_is_scaled_by_alpha_over_rank_live_and_merged(alpha, tmp_pat
 
     def merged(dtype):
         source = merge_adapter(lambda key, shape: weights[key].to(dtype), str(tmp_path / "adapter"),
-                               network, "llada-8b", FAMILIES["llada"].embed)
+                               network, "llada-8b", backbone.config)
         return source(f"{path}.weight", W.shape)
 
     torch.testing.assert_close(merged(torch.float32).double(), want, rtol=1e-5, atol=1e-6)
