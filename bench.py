@@ -454,8 +454,7 @@ def measure_real(name, s, length, repeats, tiny, new_tokens):
 def load_random(raw, s, device):
     """A backbone of this config.json with random weights, and what is trained of it."""
     backbone = load_backbone(raw, random=True, load_4bit=s.load_4bit, dtype=s.dtype, device=device,
-                             attention=s.attention, checkpointing=s.checkpointing,
-                             experts=s.experts)
+                             attention=s.attention, checkpointing=s.checkpointing)
     if s.lora:
         add_lora(backbone, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_scope, s.lora_router,
                  s.lora_dtype)

@@ -32,7 +32,8 @@ Glossary
     rho       rho           [B]      share masked in a stage's input, |mask| / |maskable|
     theta     backbone      -        the model, or its trainable LoRA
     phi       phi           -        fast weights: {matrix name: (A [G, r, in], B [G, out, r])},
-                                     G = batch size for one phi per sample, 1 if they share one
+                                     G = batch size for one phi per sample, 1 if they share one;
+                                     a stack of E experts has A [G, E, r, in], B [G, E, out, r]
     eta, K    inner_lr, inner_steps  rate and number of the inner steps (Eq. 6)
     s_pre     pre_scale     -        masks at the pre-anchor / masks at the anchor (4.4)
 
@@ -183,8 +184,11 @@ class Backbone(Protocol):
         """
 
     def matrices(self, first, scope):
-        """{name: nn.Linear} of layers first, first + 1, ... that phi may act on, each called on
-        [B, L, in]; or on [N, in], with N split by samples in its list `rows_per_sample`."""
+        """{name: matrix} of layers first, first + 1, ... that phi may act on.
+
+        A matrix is an nn.Linear, called on [B, L, in]. Or it is a stack of `experts` of them, which
+        multiplies by itself: fast_product(x, W [G, experts, out, in], and what else it was given).
+        """
 
 
 def first_fast_layer(num_layers, fraction):
@@ -207,15 +211,16 @@ def upper_layers(backbone, s, h, valid, phi, need=None):
 
 # ---- 3. Noise and corruption (Eq. 1) ------------------------------------------------------------
 
-def uniform(seeds, purpose, *shape, dtype=torch.float32):
+def uniform(seeds, purpose, *shape, dtype=torch.float32, device="cpu"):
     """Numbers in [0, 1), [B, *shape]. Those of sample b depend on seeds[b] and `purpose` alone.
 
     So a sample gets the same masks in any batch, on any device and any number of processes, in a
-    resumed run, and in the baseline, since the inner loop draws for other purposes.
+    resumed run, and in the baseline, since the inner loop draws for other purposes. Masks are drawn
+    on the CPU. What is drawn on a `device` is the same on all devices of its kind.
     """
     def draw(seed):
-        generator = torch.Generator().manual_seed(crc32(f"{purpose} {seed}".encode()))
-        return torch.rand(shape, generator=generator, dtype=dtype)
+        generator = torch.Generator(device).manual_seed(crc32(f"{purpose} {seed}".encode()))
+        return torch.rand(shape, generator=generator, dtype=dtype, device=device)
     return torch.stack([draw(seed) for seed in seeds])
 
 
@@ -331,14 +336,15 @@ def stage_loss(backbone, s, stage, x0, valid, lower, phi):
     targets = stage.targets
     need = targets if targets.any() else None  # without targets: a gradient of zero, not none
     h = upper_layers(backbone, s, lower(stage.x), valid, phi, need)
-    rows = [h[targets], x0[targets].to(h.device)]
+    rows = [rows_at(h, targets), to_device(x0[targets], h.device)]
     if s.inner_loss != "ce":  # self-distillation: the teacher sees the next state
         with torch.no_grad():
             top = upper_layers(backbone, s, lower(stage.next_x), valid, phi, targets)
-        rows.append(top[targets])
+        rows.append(rows_at(top, targets))
     # Eq. 7-8:  L_inner^(k) = sum_{i in M} -log p_{theta, phi_{k-1}}(x_0^i | x)
     loss = to_positions(backbone.per_row(INNER_LOSSES[s.inner_loss], *rows), targets).sum(1)  # [B]
-    loss, count = stage.weight.to(h.device) * loss, targets.sum(1).to(h.device)
+    weight, count = (to_device(x, h.device) for x in (stage.weight, targets.sum(1)))
+    loss = weight * loss
     # Differs: the published code also divides by |M|, the number of loss positions. So do we: of
     # the whole batch with one phi, of each sample with its own.
     if len(next(iter(phi.values()))[0]) == 1:  # G = 1
@@ -350,13 +356,18 @@ def sgd_step(s, phi, grads, loss):
     """One inner step. loss [G], grads like phi's tensors -> the new phi, and taken [G] bool."""
     # Differs: the published code checks the loss alone, and writes a gradient's NaN into phi. Ours
     # leaves a phi as it is unless both are finite.
-    tensors = [w.detach() for pair in phi.values() for w in pair]
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads])  # [tensors, G]
-    taken = loss.isfinite() & norms.isfinite().all(0)  # [G]
-    rates = (s.inner_lr * clip_factors(s, norms)).masked_fill(~taken, 0)[..., None, None]
-    grads = [g.masked_fill(~taken[:, None, None], 0) for g in grads]
-    # Eq. 6:  phi_k = phi_{k-1} - eta clip(grad L_inner^(k))
-    moved = [torch.addcmul(w, -rate, g) for w, rate, g in zip(tensors, rates, grads)]
+    tensors, G = [w.detach() for pair in phi.values() for w in pair], len(loss)
+    # One norm for each matrix and sample: [G], or [G, E] of a stack of E experts.
+    norms = [torch.linalg.vector_norm(g, dim=(-2, -1)) for g in grads]
+    whole = torch.cat([norm.view(G, -1) for norm in norms], dim=1)  # [G, matrices]
+    taken = loss.isfinite() & whole.isfinite().all(1)  # [G]
+    rates = (s.inner_lr * clip_factors(s, whole)).masked_fill(~taken[:, None], 0)
+    rates = rates.split([norm[0].numel() for norm in norms], dim=1)
+    moved = []
+    for w, g, rate, norm in zip(tensors, grads, rates, norms):
+        g = g.masked_fill(~taken.view(G, *[1] * (g.dim() - 1)), 0)
+        # Eq. 6:  phi_k = phi_{k-1} - eta clip(grad L_inner^(k))
+        moved.append(torch.addcmul(w, rate.view(*norm.shape, 1, 1), g, value=-1))
     size = len(moved) // len(phi)  # two tensors for each matrix, A and B; or one
     pairs = [tuple(moved[i:i + size]) for i in range(0, len(moved), size)]
     return dict(zip(phi, pairs)), taken
@@ -392,11 +403,13 @@ def fresh_phi(backbone, s, seeds):
     first, phi = first_fast_layer(backbone.num_layers, s.layer_fraction), {}
     for name, matrix in backbone.matrices(first, s.scope).items():
         out, width, device = matrix.out_features, matrix.in_features, matrix.weight.device
+        experts = (matrix.experts,) if hasattr(matrix, "experts") else ()
         if s.adapter == "full":
-            phi[name] = (torch.zeros(len(seeds), out, width, device=device),)
+            phi[name] = (torch.zeros(len(seeds), *experts, out, width, device=device),)
         else:
-            A = (2 * uniform(seeds, f"A {name}", s.rank, width) - 1) / math.sqrt(width)
-            phi[name] = (A.to(device), torch.zeros(len(seeds), out, s.rank, device=device))
+            A = uniform(seeds, f"A {name}", *experts, s.rank, width, device=device)
+            phi[name] = ((2 * A - 1) / math.sqrt(width),
+                         torch.zeros(len(seeds), *experts, out, s.rank, device=device))
     if not phi:
         raise ValueError("this model has no matrix for fast weights in its last layers")
     return phi
@@ -409,12 +422,14 @@ def fast_weights(backbone, s, phi):
     Hooks: nothing in the model is replaced, saved or seen by an optimiser, and no exception can
     leave a trace. A zero product leaves every output as it is, bit for bit; phi=None does, too.
     """
-    product, scale = (low_rank, s.alpha / s.rank) if s.adapter == "lora" else (full_rank, 1.0)
+    scale = s.alpha / s.rank if s.adapter == "lora" else 1.0
 
     def hook_for(pair):
-        def add_product(module, inputs, out):
-            own = [w.to(inputs[0].dtype) for w in pair]  # phi itself stays float32
-            return out + scale * per_sample_product(product, module, inputs[0], own)
+        def add_product(matrix, inputs, out):
+            product, z = getattr(matrix, "fast_product", fast_product), inputs[0]
+            for w in pair:  # A, then B; or delta. phi itself stays float32
+                z = product(z, w.to(z.dtype), *inputs[1:])
+            return out.add(z, alpha=scale)
         return add_product
 
     first = first_fast_layer(backbone.num_layers, s.layer_fraction)
@@ -422,43 +437,42 @@ def fast_weights(backbone, s, phi):
     try:
         for name, pair in (phi or {}).items():
             handles.append(matrices[name].register_forward_hook(hook_for(pair)))
-            matrices[name].fast = pair, scale  # experts in one product, never called, read this
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for matrix in matrices.values():
-            matrix.__dict__.pop("fast", None)
 
 
-def low_rank(x, A, B):
-    """B A x. x [..., in], A [G, r, in], B [G, out, r]; if G > 1, x is [G, ..., in]."""
-    return F.linear(F.linear(x, A[0]), B[0]) if len(A) == 1 else x @ A.mT @ B.mT
-
-
-def per_sample_product(product, module, x, tensors):
-    """product(x, *tensors), each sample with its own phi unless they share one.
-
-    x is [B, L, in], or an expert's rows [N, in], one sample after the other.
-    """
-    if len(tensors[0]) == 1:
-        return product(x, *tensors)
-    counts = module.rows_per_sample if x.dim() == 2 else [1] * len(x)
-    if len(tensors[0]) != len(counts):
-        raise ValueError(f"phi is for {len(tensors[0])} samples, the input has {len(counts)}")
-    if x.dim() == 3:
-        return product(x, *tensors)
-    parts = [x.split(counts), *(w.split(1) for w in tensors)]
-    return torch.cat([product(*part) for part in zip(*parts)])
+def fast_product(x, W):
+    """W x, for each sample with its own W unless they share one. x [B, L, in], W [G, out, in]."""
+    if len(W) == 1:
+        return F.linear(x, W[0])
+    if len(W) != len(x):
+        raise ValueError(f"phi is for {len(W)} samples, the input has {len(x)}")
+    return x @ W.mT
 
 
 # ---- 7. Losses ----------------------------------------------------------------------------------
 
+def to_device(x, device):
+    """x on a device. A GPU gets it without waiting for the work that it still has to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def numbers_of(where, device):
+    """The numbers [N] of the True positions of a mask [B, L] on the CPU, counted row by row."""
+    return to_device(where.flatten().nonzero()[:, 0], device)
+
+
+def rows_at(h, where):
+    """The hidden states [N, D] of h [B, L, D] at the N positions `where`."""
+    return h.flatten(0, 1).index_select(0, numbers_of(where, h.device))
+
+
 def to_positions(values, where):
     """Values [N] back to their N positions in [B, L], zero elsewhere, for sums as in the paper."""
-    out = torch.zeros(where.shape, dtype=values.dtype, device=values.device)
-    out[where] = values
-    return out
+    out = torch.zeros(where.numel(), dtype=values.dtype, device=values.device)
+    return out.index_copy(0, numbers_of(where, values.device), values).view(where.shape)
 
 
 def ce(head, h, target):
@@ -469,7 +483,7 @@ def ce(head, h, target):
 def token_nll(backbone, h, x0, where):
     """-log p(x0_i | x) at the positions `where`, zero elsewhere. h [B, L, D] -> [B, L], in nats."""
     # A logit costs V * D multiplications, so only these positions get one.
-    return to_positions(backbone.per_row(ce, h[where], x0[where].to(h.device)), where)
+    return to_positions(backbone.per_row(ce, rows_at(h, where), to_device(x0[where], h.device)), where)
 
 
 def mdlm_loss(nll, t, maskable):
@@ -544,7 +558,7 @@ def denoise(backbone, s, x, fill, valid, seeds, phi=None, steps=None, block_leng
     def hidden(x, where):
         """Hidden states [N, D] at the positions `where`."""
         h = lower_layers(backbone, s, x, valid)
-        return upper_layers(backbone, s, h, valid, phi, where)[where]
+        return rows_at(upper_layers(backbone, s, h, valid, phi, where), where)
 
     for block in range(blocks):
         window = number // block_length == block
@@ -637,7 +651,7 @@ def exposure_bias(backbone, s, x0, maskable, valid, seeds, ratios, phi=None):
         left = (ratio * n.double() + 1e-6).floor().long().clamp(min=1)  # masks at this ratio
         if (open_.sum(1) > left).any():
             h = upper_layers(backbone, s, lower_layers(backbone, s, x, valid), valid, phi, open_)
-            tokens, confidence = pick_tokens(backbone, h[open_])
+            tokens, confidence = pick_tokens(backbone, rows_at(h, open_))
             rank = rank_of(open_, -to_positions(confidence, open_))
             commit = open_ & (rank < (open_.sum(1) - left)[:, None])
             x = torch.where(commit, to_positions(tokens, open_), x)
@@ -663,13 +677,13 @@ WRITE_FROM = {"response": write_from_response, "prompt": write_from_prompt}
 
 
 def clip_factors(s, norms):
-    """The factor of each gradient, from its norm. Both are [tensors, G]."""
+    """The factor of each gradient, from its norm. Both are [G, matrices]."""
     # Differs: the paper (4.4) speaks of normalisation. The published code scales each tensor's
     # gradient down to the threshold where it is longer, and never up. So do we.
     if s.clip == "none":
         return torch.ones_like(norms)
     if s.clip == "global":
-        norms = norms.norm(dim=0).expand_as(norms)
+        norms = norms.norm(dim=1, keepdim=True).expand_as(norms)
     return (s.clip_norm / (norms + 1e-12)).clamp(max=1)
 
 
@@ -737,11 +751,6 @@ def hidden_cosine(head, student, target, teacher):
 
 
 INNER_LOSSES = {f.__name__: f for f in (ce, kl, reverse_kl, hidden_mse, hidden_cosine)}
-
-
-def full_rank(x, delta):
-    """delta x (Fig. 7): a full matrix in place of B A. delta [G, out, in]."""
-    return F.linear(x, delta[0]) if len(delta) == 1 else x @ delta.mT
 
 
 def check_settings(s):

@@ -91,7 +91,7 @@ def build_real(s, training, device, say):
         say(plan_text(memory_plan(config, s, s.max_length), room))
     merge = s.from_adapter if s.merge else ""
     backbone = load_backbone(s.model, s.load_4bit, s.dtype, device, s.attention, s.checkpointing,
-                             merge, experts=s.experts)
+                             merge)
     if s.from_adapter and not merge:
         load_adapter(backbone, s.from_adapter, s.lora_dropout, s.lora_dtype)
     elif s.lora:
@@ -153,6 +153,8 @@ def read_settings(folder):
     if not path.exists():
         raise ValueError(f"{folder} is not a run folder: it has no settings.json")
     values = read_json(path, finite=False)  # some settings may be infinite
+    if isinstance(values, dict):
+        values.pop("experts", None)  # older runs could choose how experts are computed
     odd = "its content is no object"
     if isinstance(values, dict):
         known = {f.name: f for f in fields(Settings)}

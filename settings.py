@@ -112,8 +112,6 @@ class Settings(memdlm.Settings):
         ["auto", "bfloat16", "float32"])
     attention: str = setting("loading", "full", "LLaDA2.x in training and adaptation: full, as in "
         "the published run, or block, the block-causal mask it decodes with", ["full", "block"])
-    experts: str = setting("loading", "loop", "of MoE layers: one after the other, or grouped, all "
-        "in one product per projection", ["loop", "grouped"])
     from_adapter: str = setting("loading", "", "start from this LoRA: a folder or hub id in PEFT's "
         "format")
     merge: bool = setting("loading", False, "add --from-adapter to the weights, before they are "
@@ -132,9 +130,6 @@ class Settings(memdlm.Settings):
             raise ValueError("--toy-lora is for a toy that starts --from-run")
         if self.from_run and self.model != "toy":
             raise ValueError("--from-run is for the toy; a real model starts --from-adapter")
-        if self.experts == "grouped" and (self.rank % 8 or self.lora_rank % 8):
-            raise ValueError("--experts grouped needs ranks that are multiples of 8, not "
-                             f"{self.rank} and {self.lora_rank}")
         if self.merge and not self.from_adapter:
             raise ValueError("--merge needs --from-adapter")
         if self.closed_book and self.data in ("languages", "python", "pydoc"):

@@ -6,6 +6,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+import memdlm
 from backbones.blocks import Context, RMSNorm, linear, rotary
 from backbones.families import FAMILIES
 from backbones.lora import weights_checksum
@@ -42,16 +43,16 @@ class Backbone(nn.Module):
         self.family = FAMILIES[config.family]
         self.title, self.decoder = self.family.title, self.family.decoder
         self.num_layers, self.vocab_size = config.layers, config.vocab_size
-        self.mask_id = config.mask_id
+        self.mask_id, self.lora_config = config.mask_id, None
 
     @property
     def core(self):
         """The network inside PEFT's wrapper, if there is one."""
-        return self.network.get_base_model() if self.has_lora else self.network
+        return self.network.get_base_model() if hasattr(self.network, "peft_config") else self.network
 
     @property
     def has_lora(self):
-        return hasattr(self.network, "peft_config")
+        return self.lora_config is not None
 
     @property
     def stop_ids(self):
@@ -83,9 +84,10 @@ class Backbone(nn.Module):
         # Fast weights act from `stop` on. What is recomputed in the backward pass must not need
         # them.
         recompute = self.checkpointing and stop is not None and torch.is_grad_enabled()
+        rows = rows_needed(need, h.device)
         for layer in self.part("layers")[start:stop]:
             if layer.layer == self.num_layers - 1:
-                context = context._replace(need=need)
+                context = context._replace(need=rows)
             h = (checkpoint(layer, h, context, use_reentrant=False) if recompute
                  else layer(h, context))
         return h
@@ -138,6 +140,19 @@ class Backbone(nn.Module):
             for name, matrix in layers[i].matrices(scope).items():
                 found[f"{self.family.layers}.{i}.{name}"] = matrix
         return found
+
+
+def rows_needed(need, device):
+    """Positions [B, L] of a CPU mask -> the numbers [B, M] of their rows in [B * L, D], or None.
+
+    M is the most that a sample needs. A sample that needs fewer gets some others of its positions,
+    which nobody will read.
+    """
+    if need is None or (torch.is_grad_enabled() and not need.any()):
+        return None  # with gradients, all weights must take part
+    first = need.byte().argsort(dim=1, descending=True, stable=True)[:, :int(need.sum(1).max())]
+    rows = first + torch.arange(len(need))[:, None] * need.shape[1]
+    return memdlm.to_device(rows, device)
 
 
 class RowGradients(torch.autograd.Function):

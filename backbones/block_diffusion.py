@@ -107,7 +107,8 @@ class Canvas:
         h, (seeds, tag, temperature), u = self.forward(here.start, here.stop, where), noise, None
         if temperature > 0:
             u = memdlm.sampling_noise(self.backbone, seeds, tag, where)
-        tokens, p = memdlm.pick_tokens(self.backbone, h[where], temperature=temperature, noise=u)
+        h = memdlm.rows_at(h, where)
+        tokens, p = memdlm.pick_tokens(self.backbone, h, temperature=temperature, noise=u)
         tokens, p = memdlm.to_positions(tokens, where), memdlm.to_positions(p, where)
         commit = masks & ((p > threshold) | (memdlm.rank_of(masks, -p) < at_least))
         change = commit

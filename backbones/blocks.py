@@ -6,9 +6,8 @@ A block is one layer. All three do the same two things:
     h = h + feed_forward(norm(h))
 
 Its modules carry the names of the published checkpoint, so a checkpoint loads as it is and PEFT's
-adapters fit by name. Each expert is three plain nn.Linear: bitsandbytes quantises these, PEFT
-adapts them, and fast weights hang on them. The classes of the transformers library put all experts
-of a layer into one parameter, which bitsandbytes and PEFT silently leave alone.
+adapters fit by name. The experts of a layer are three stacks of matrices (experts.py), which quantise
+and adapt themselves: bitsandbytes and PEFT silently leave such parameters alone.
 
 block(h, context) takes and returns hidden states [B, L, D]. block.matrices(scope) names the linear
 layers that fast weights may act on: those of the feed-forward, and with "ffn+attn" the attention's.
@@ -34,8 +33,8 @@ class Context(NamedTuple):
     mask: torch.Tensor | None  # bool, broadcast to [B, heads, L, keys]: where a query may look;
     #                            None: everywhere
     past: Past | None          # keys and values of what stands before
-    need: torch.Tensor | None  # [B, L] bool, on the CPU: where the feed-forward's result is read;
-    #                            None: everywhere
+    need: torch.Tensor | None  # [B, M] long: where the feed-forward's result is read, as numbers
+    #                            of rows of [B * L, D]; None: everywhere
 
 
 class RMSNorm(nn.Module):
@@ -113,17 +112,16 @@ class Past:
         return [whole[:, :, :end] for whole in self.pairs[layer]]
 
 
-def add_feed_forward(h, x, need, feed_forward):
-    """h + feed_forward(x), everywhere or where it is needed. h, x [B, L, D], need [B, L] or None.
-
-    Where only some positions are needed, feed_forward gets them as [N, D], with the list of how
-    many belong to each sample.
-    """
-    if need is not None and need.any():
-        return h.index_put((need,), h[need] + feed_forward(x[need], need.sum(1).tolist()))
-    if need is None or torch.is_grad_enabled():  # with gradients, all weights must take part
-        return h + feed_forward(x)
-    return h  # a finished block of text: only its keys and values will be read
+def add_feed_forward(h, norm, need, feed_forward):
+    """h + feed_forward(norm(h)), at all positions or only where it is needed. h [B, L, D]."""
+    if need is None:
+        return h + feed_forward(norm(h))
+    if not need.numel():
+        return h  # a finished block of text: only its keys and values will be read
+    rows = h.flatten(0, 1)
+    some = rows.index_select(0, need.flatten()).view(*need.shape, -1)  # [B, M, D]
+    out = feed_forward(norm(some)).flatten(0, 1)
+    return rows.index_add(0, need.flatten(), out).view_as(h)
 
 
 class FeedForward(nn.Module):
@@ -134,18 +132,15 @@ class FeedForward(nn.Module):
         self.gate_proj, self.up_proj = linear(width, inner), linear(width, inner)
         self.down_proj = linear(inner, width)
 
-    def forward(self, x, rows_per_sample=None):
-        # Per-sample fast weights must know which rows of x [N, D] belong to which sample.
-        for matrix in (self.gate_proj, self.up_proj, self.down_proj):
-            matrix.rows_per_sample = rows_per_sample
+    def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def feed_forward_matrices(mlp):
-    """{name: linear layer or its adapter} of every feed-forward in a layer's `mlp`."""
+    """{name: linear layer, its adapter, or a stack of them} of every feed-forward in `mlp`."""
     found = {}
     for name, module in mlp.named_modules():
-        if isinstance(module, FeedForward):
+        if isinstance(module, (FeedForward, Experts)):
             for part in ("gate_proj", "up_proj", "down_proj"):
                 found[f"mlp.{name}.{part}".replace("..", ".")] = getattr(module, part)
     return found
@@ -171,11 +166,9 @@ class LLaDABlock(nn.Module):
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))
                    for project in (self.q_proj, self.k_proj, self.v_proj))
         h = h + self.attn_out(attend(q, k, v, context, self.layer))
-        return add_feed_forward(h, self.ff_norm(h), context.need, self.feed_forward)
+        return add_feed_forward(h, self.ff_norm, context.need, self.feed_forward)
 
-    def feed_forward(self, x, rows_per_sample=None):
-        for matrix in (self.ff_proj, self.up_proj, self.ff_out):
-            matrix.rows_per_sample = rows_per_sample
+    def feed_forward(self, x):
         return self.ff_out(F.silu(self.ff_proj(x)) * self.up_proj(x))
 
     def matrices(self, scope):
@@ -199,22 +192,21 @@ class LLaDAMoEBlock(nn.Module):
         self.self_attn.q_norm = RMSNorm(c.head_dim, c.eps)
         self.self_attn.k_norm = RMSNorm(c.head_dim, c.eps)
         self.mlp.gate = linear(D, c.experts)
-        self.mlp.experts = Experts(FeedForward(D, c.expert_ffn) for _ in range(c.experts))
+        self.mlp.experts = Experts(c.experts, D, c.expert_ffn)
 
     def forward(self, h, context):
         x, a = self.input_layernorm(h), self.self_attn
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))
                    for project in (a.q_proj, a.k_proj, a.v_proj))
         h = h + a.o_proj(attend(a.q_norm(q), a.k_norm(k), v, context, self.layer))
-        x = self.post_attention_layernorm(h)
-        return add_feed_forward(h, x, context.need, self.feed_forward)
+        return add_feed_forward(h, self.post_attention_layernorm, context.need, self.feed_forward)
 
-    def feed_forward(self, x, rows_per_sample=None):
+    def feed_forward(self, x):
         # Softmax over all experts. The weights of the chosen ones are used as they are, so they
         # sum to less than 1.
         share = self.mlp.gate(x).flatten(0, -2).float().softmax(-1)
         weights, chosen = share.topk(self.top_k, dim=-1)
-        return self.mlp.experts(x, weights, chosen, rows_per_sample)
+        return self.mlp.experts(x, weights, chosen)
 
     def matrices(self, scope):
         found = feed_forward_matrices(self.mlp)
@@ -239,7 +231,7 @@ class LLaDA2Block(nn.Module):
         self.mlp = FeedForward(D, c.ffn) if self.dense else nn.Module()
         if not self.dense:
             self.mlp.gate = GroupRouter(c)
-            self.mlp.experts = Experts(FeedForward(D, c.expert_ffn) for _ in range(c.experts))
+            self.mlp.experts = Experts(c.experts, D, c.expert_ffn)
             self.mlp.shared_experts = FeedForward(D, c.shared)
 
     def forward(self, h, context):
@@ -249,12 +241,12 @@ class LLaDA2Block(nn.Module):
         q, k = a.query_layernorm(q), a.key_layernorm(k)
         h = h + a.dense(attend(q, k, v, context, self.layer))
         feed_forward = self.mlp if self.dense else self.feed_forward
-        return add_feed_forward(h, self.post_attention_layernorm(h), context.need, feed_forward)
+        return add_feed_forward(h, self.post_attention_layernorm, context.need, feed_forward)
 
-    def feed_forward(self, x, rows_per_sample=None):
+    def feed_forward(self, x):
         weights, chosen = self.mlp.gate(x.flatten(0, -2))
-        routed = self.mlp.experts(x, weights, chosen, rows_per_sample)
-        return routed + self.mlp.shared_experts(x, rows_per_sample)
+        routed = self.mlp.experts(x, weights, chosen)
+        return routed + self.mlp.shared_experts(x)
 
     def matrices(self, scope):
         found = feed_forward_matrices(self.mlp)

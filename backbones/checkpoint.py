@@ -14,7 +14,7 @@ from torch import nn
 
 from backbones.backbone import Backbone, build_network
 from backbones.config import check_id, read_ends, show
-from backbones.experts import Experts
+from backbones.experts import Stack
 from backbones.families import FAMILIES, PUBLISHED, translate
 from backbones.lora import merge_adapter
 from backbones.text import Tokenizer
@@ -30,13 +30,13 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def load_backbone(model, load_4bit=False, dtype="auto", device=None, attention="full",
-                  checkpointing=False, merge="", random=False, seed=0, experts="loop"):
+                  checkpointing=False, merge="", random=False, seed=0):
     """A hub id or a folder in the hub's layout -> Backbone, frozen and in eval mode.
 
     random: `model` is a name of PUBLISHED or a config.json as a dict, and the weights are random.
     dtype: auto (bfloat16 on a GPU, the file's on a CPU), bfloat16 or float32. merge: the folder of
-    an adapter that is added to the weights before they are rounded. experts: loop or grouped, see
-    Experts. A ValueError says in one line what does not fit.
+    an adapter that is added to the weights before they are rounded. A ValueError says in one line
+    what does not fit.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if random:
@@ -59,9 +59,6 @@ def load_backbone(model, load_4bit=False, dtype="auto", device=None, attention="
         source.refuse_few(config)
     with torch.device("meta"):
         network = build_network(config)
-        for module in network.modules():
-            if isinstance(module, Experts):
-                module.grouped = experts == "grouped"
         if load_4bit:
             to_4bit(network, config, dtype)
     weights = merge_adapter(source, merge, network, model, config) if merge else source
@@ -126,18 +123,38 @@ def load_weights(network, source, dtype, device):
         for name, empty in empties:
             # The router's bias is stored in float32 and stays so.
             wanted = dtype if isinstance(empty, nn.Parameter) else torch.float32
-            value = source(f"{path}.{name}", empty.shape).to(wanted)
+            value = read_weight(module, f"{path}.{name}", empty.shape, source, wanted)
             if not value.isfinite().all():
                 raise ValueError(f"{path}.{name} holds numbers that are not finite; the "
                                  "checkpoint is damaged")
             if hasattr(empty, "quant_type"):  # Params4bit is quantised on its way to the device
                 value = type(empty)(value, requires_grad=False, quant_type="nf4",
                                     compress_statistics=True, module=module).to(device)
+            elif getattr(module, "in_4bit", False):
+                value = nn.Parameter(module.quantise(value.to(device)), requires_grad=False)
             elif isinstance(empty, nn.Parameter):
                 value = nn.Parameter(value.to(device), requires_grad=False)
             else:
                 value = value.to(device)
             setattr(module, name, value)
+
+
+def read_weight(module, name, shape, source, dtype):
+    """The values of a parameter. A stack of experts is put together from the weights of each."""
+    if not isinstance(module, Stack):
+        return source(name, shape).to(dtype)
+    names = module.names(name.removesuffix(".weight"))
+    return torch.stack([source(f"{one}.weight", shape[1:]).to(dtype) for one in names])
+
+
+def hub_weights(network):
+    """{name in a checkpoint: tensor}: a stack of experts is taken apart."""
+    weights = network.state_dict()
+    for path, module in network.named_modules():
+        if isinstance(module, Stack):
+            stack = weights.pop(f"{path}.weight")
+            weights |= {f"{name}.weight": W for name, W in zip(module.names(path), stack)}
+    return weights
 
 
 # ---- Where weights come from --------------------------------------------------------------------
@@ -225,10 +242,10 @@ def random_source(device, seed=0):
 # ---- 4 bits -------------------------------------------------------------------------------------
 
 def quantisable(network, config):
-    """{name: nn.Linear} of the blocks, without routers: what --load-4bit quantises."""
+    """{name: nn.Linear or Stack} of the blocks, without routers: what --load-4bit quantises."""
     family = FAMILIES[config.family]
     return {name: module for name, module in network.named_modules()
-            if type(module) is nn.Linear and name != family.head
+            if type(module) in (nn.Linear, Stack) and name != family.head
             and name.rpartition(".")[2] != family.router}
 
 
@@ -246,6 +263,9 @@ def to_4bit(network, config, dtype):
     if not found:
         raise ValueError("--load-4bit found no linear layer to quantise")
     for path, old in found.items():
+        if isinstance(old, Stack):
+            old.in_4bit = True
+            continue
         new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=dtype,
                                 compress_statistics=True, quant_type="nf4", device="meta")
         # On some CPUs bitsandbytes switches in eval mode to a fused product that has no gradient.
@@ -259,11 +279,15 @@ def to_4bit(network, config, dtype):
 
 def describe(backbone):
     """One line: what was loaded."""
+    def layers_of(module):  # a stack counts as what a checkpoint has for it
+        return getattr(module, "experts", 1)
+
     in_4bit = [m for m in backbone.modules()
-               if hasattr(m, "quant_state") and hasattr(m, "in_features")]
-    adapted = sum(hasattr(m, "lora_A") for m in backbone.modules())
+               if hasattr(m, "in_features") and getattr(m, "quant_state", None) is not None]
+    adapted = sum(layers_of(m) for m in backbone.modules()
+                  if getattr(m, "lora_A", None) is not None)
     packed = sum(m.weight.numel() for m in in_4bit)
-    unpacked = sum(m.in_features * m.out_features for m in in_4bit)
+    unpacked = sum(layers_of(m) * m.in_features * m.out_features for m in in_4bit)
     lora, total = 0, unpacked - packed
     for name, p in backbone.named_parameters():
         if "lora_" in name:
@@ -271,7 +295,7 @@ def describe(backbone):
         else:
             total += p.numel()
     size = sum(p.numel() * p.element_size() for p in backbone.parameters())
-    return (f"{backbone.title}: {human_count(total)} parameters, {len(in_4bit):,} layers in 4-bit, "
+    return (f"{backbone.title}: {human_count(total)} parameters, {sum(map(layers_of, in_4bit)):,} layers in 4-bit, "
             f"{adapted:,} with LoRA ({human_count(lora)} parameters), {size / 2**30:.3g} GiB on "
             f"{next(backbone.parameters()).device}")
 

@@ -1,128 +1,193 @@
-"""The experts of a layer: one after the other, or all in one product per projection.
+"""The experts of a layer: one stack of matrices per projection, and one product per stack.
 
 The router gives each token its k experts and their weights. The tokens are sorted by expert once,
-each expert computes its share, and the results go back to their places.
+all experts compute their shares at the same time, and the results go back to their tokens. So the
+number of kernels that a GPU has to start does not grow with the number of experts.
+
+A checkpoint has three matrices for each expert, and so has an adapter that PEFT wrote. Only the door
+knows their names: `Stack.names` of this file, which loading and saving ask.
 """
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 
-class Experts(nn.ModuleList):
-    """Each token goes through its k experts; the outputs are summed with the router's weights."""
-    grouped = False  # set by load_backbone: all experts in one product per projection, or a loop
+# ---- Where the tokens go ------------------------------------------------------------------------
 
-    def forward(self, x, weights, chosen, rows_per_sample=None):
-        """x [B, L, D], or [N, D] with how many rows belong to each sample -> the same shape.
-
-        weights, chosen [rows, k]: how much of which expert. For example one sample, k = 2; token 0
-        goes to experts 5 and 1, token 1 to experts 1 and 7:
-
-            pairs of (token, expert)             0-5  0-1  1-1  1-7
-            their number                          0    1    2    3
-            numbers sorted by expert (1 1 5 7)    1    2    0    3
-            the tokens that they belong to        0    1    0    1
-
-        Differs: LLaDA2.x was published to sum the outputs in float32. Ours sums in the model's
-        precision.
-        """
-        counts = rows_per_sample or [x.shape[1]] * len(x)
-        B, k, rows = len(counts), chosen.shape[1], x.reshape(-1, x.shape[-1])
-        sample = torch.arange(B).repeat_interleave(torch.tensor(counts)).to(x.device)
-        pair = (chosen * B + sample[:, None]).flatten()  # the number of (expert, sample)
-        # Sorted by expert, within an expert by sample, within a sample by position.
-        order = pair.argsort(stable=True)
-        sizes = torch.zeros(len(self) * B, dtype=torch.long, device=x.device)
-        sizes = sizes.scatter_add_(0, pair, torch.ones_like(pair)).view(-1, B)
-        run = self.run_grouped if self.grouped else self.run_one_by_one
-        out = run(rows[order // k], sizes)
-        out = out[order.argsort()].view(-1, k, x.shape[-1])  # back to [token, choice, D]
-        return (weights.to(out.dtype)[:, None] @ out).view(x.shape)
-
-    def run_one_by_one(self, rows, sizes):
-        """The sorted rows through one expert after the other. sizes [experts, B]."""
-        sizes, out = sizes.tolist(), []  # the one thing that the host reads in this layer
-        parts = rows.split([sum(own) for own in sizes])
-        for expert, part, own in zip(self, parts, sizes):
-            if len(part):
-                out.append(expert(part, own if len(own) > 1 else None))
-        return torch.cat(out)
-
-    def run_grouped(self, rows, sizes):
-        """The sorted rows through all experts at once. sizes [experts, B]."""
-        ends = sizes.flatten().cumsum(0).int()  # where the rows of each expert and sample end
-        gate, up, down = ([getattr(expert, name) for expert in self]
-                          for name in ("gate_proj", "up_proj", "down_proj"))
-        inner = F.silu(grouped_linear(gate, rows, ends)) * grouped_linear(up, rows, ends)
-        return grouped_linear(down, inner, ends)
+class Places(NamedTuple):
+    """Which row of the stacks' input holds which token, and where each expert's rows end."""
+    tokens: torch.Tensor             # [rows] the token that each row holds
+    rows: torch.Tensor               # [tokens * k] the row of each (token, choice)
+    ends: torch.Tensor | None        # [E] int32, where the rows of each expert end; None: padded
+    sample_ends: torch.Tensor | None  # [E * B] int32, where those of each expert and sample end
+    samples: int                     # B
 
 
-def grouped_linear(layers, x, ends):
-    """Each expert's linear layer, with LoRA and fast weights, on its rows. x [N, in] -> [N, out].
+def sort_tokens(chosen, samples, experts, padded, most=None):
+    """chosen [tokens, k]: the experts of each token; the same number of tokens for each sample.
 
-    layers: one per expert. They are not called: every kind of matrix, also a low-rank one, takes
-    part in one product for all experts. ends [experts * B]: where the rows of each expert and
-    sample end.
+    For example one sample, k = 2; token 0 goes to experts 5 and 1, token 1 to experts 1 and 7:
+
+        pairs of (token, expert)             0-5  0-1  1-1  1-7
+        their number                          0    1    2    3
+        numbers sorted by expert (1 1 5 7)    1    2    0    3
+        the tokens that they belong to        0    1    0    1
+
+    padded: every expert gets as many rows of each sample as the one with the most, [E, B, most].
+    Rows that are left hold token 0 and are never read. Reading `most` is the one time that the
+    host waits for the device; `most` may be given.
     """
-    B, first = len(ends) // len(layers), layers[0]
-    base = [getattr(layer, "base_layer", layer) for layer in layers]
-    of_expert = ends[B - 1::B].contiguous()
-    if base[0].weight.requires_grad:
-        y = F.grouped_mm(x, torch.stack([layer.weight for layer in base]).mT, offs=of_expert)
-    else:
-        y = FrozenProduct.apply(x, of_expert, base)
-    if hasattr(first, "lora_A"):
-        name = first.active_adapters[0]
-        A = torch.stack([layer.lora_A[name].weight for layer in layers])
-        B_out = torch.stack([layer.lora_B[name].weight for layer in layers])
-        low = F.grouped_mm(first.lora_dropout[name](x.to(A.dtype)), A.mT, offs=of_expert)
-        y = y + first.scaling[name] * F.grouped_mm(low, B_out.mT, offs=of_expert)
-        y = y.to(x.dtype)
-    if hasattr(first, "fast"):
-        pair, scale = first.fast
-        z = x
-        for i, w in enumerate(pair):  # A, then B; or the full-rank delta
-            own = torch.stack([layer.fast[0][i] for layer in layers])  # [experts, G, out, in]
-            own = own.flatten(0, 1).to(x.dtype)
-            z = F.grouped_mm(z, own.mT, offs=ends if len(w) > 1 else of_expert)
-        y = y + scale * z
-    return y
+    n, k = chosen.shape
+    sample = torch.arange(samples, device=chosen.device).repeat_interleave(n // samples)
+    # Sorted by expert, within an expert by sample, within a sample by position.
+    group = (chosen * samples + sample[:, None]).flatten()
+    order = group.argsort(stable=True)
+    sizes = group.new_zeros(experts * samples).scatter_add_(0, group, torch.ones_like(group))
+    ends = sizes.cumsum(0)
+    numbers = torch.arange(n * k, device=chosen.device)
+    if not padded:
+        rows = torch.empty_like(order).scatter_(0, order, numbers)
+        ends = ends.int()
+        return Places(order // k, rows, ends[samples - 1::samples].contiguous(), ends, samples)
+    most = int(sizes.max()) if most is None else most
+    group = group[order]
+    row = group * most + numbers - (ends - sizes)[group]
+    rows = torch.empty_like(order).scatter_(0, order, row)
+    tokens = order.new_zeros(experts * samples * most).scatter_(0, row, order // k)
+    return Places(tokens, rows, None, None, samples)
+
+
+def product(x, W, places):
+    """Each row of x [rows, in] times the matrix of its group -> [rows, out].
+
+    W: one matrix per expert [E, out, in], or per expert and sample [E * B, out, in].
+    """
+    if places.ends is None:
+        return torch.bmm(x.view(len(W), -1, x.shape[-1]), W.mT).flatten(0, 1)
+    out, width = W.shape[1:]
+    if out % 8 or width % 8:  # the fast kernels want rows of whole 16 bytes
+        x, W = F.pad(x, (0, -width % 8)), F.pad(W, (0, -width % 8, 0, -out % 8))
+    ends = places.ends if len(W) == len(places.ends) else places.sample_ends
+    y = F.grouped_mm(x, W.mT, offs=ends)
+    return y[:, :out] if out % 8 else y
+
+
+def pads(x):
+    """Is a padded product the fast one for x on its device?
+
+    `grouped_mm` has its fast kernel in bfloat16 on GPUs from sm_90 on. On others it falls back to
+    one product per expert and waits for the device. On a CPU one product per expert is the fast
+    way.
+    """
+    if not x.is_cuda:
+        return False
+    return x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (9, 0)
+
+
+# ---- The stacks ---------------------------------------------------------------------------------
+
+class Stack(nn.Module):
+    """One linear layer of every expert, without bias, with the LoRA that the outer loop trains."""
+
+    def __init__(self, experts, width, out):
+        super().__init__()
+        self.experts, self.in_features, self.out_features = experts, width, out
+        self.weight = nn.Parameter(torch.empty(experts, out, width))
+        self.in_4bit, self.quant_state = False, None  # what it is to be, and bitsandbytes' scales
+        self.lora_A = self.lora_B = None
+
+    def forward(self, x, places):
+        """x [rows, in] -> [rows, out]"""
+        if self.weight.requires_grad:
+            y = product(x, self.weight, places)
+        else:
+            y = FrozenProduct.apply(x, self, places)
+        if self.lora_A is not None:
+            # The masters stay in float32. The product is in the model's precision.
+            low = F.dropout(x, self.dropout, self.training)
+            for W in (self.lora_A, self.lora_B):
+                low = product(low, W.to(x.dtype), places)
+            y = y + self.scaling * low
+        return y
+
+    def fast_product(self, x, W, places):
+        """The product of fast weights. W [G, E, out, in], one for each sample or one for all."""
+        if len(W) not in (1, places.samples):
+            raise ValueError(f"phi is for {len(W)} samples, the input has {places.samples}")
+        return product(x, W.transpose(0, 1).flatten(0, 1), places)
+
+    def add_lora(self, rank, alpha, dropout):
+        """A LoRA for each expert, as PEFT begins it: B is zero, A Kaiming-uniform."""
+        device, bound = self.weight.device, self.in_features ** -0.5
+        A = torch.empty(self.experts, rank, self.in_features, device=device)
+        B = torch.zeros(self.experts, self.out_features, rank, device=device)
+        self.lora_A, self.lora_B = nn.Parameter(A.uniform_(-bound, bound)), nn.Parameter(B)
+        self.scaling, self.dropout = alpha / rank, dropout
+
+    def quantise(self, weight):
+        """Keep `weight` [E, out, in] in bitsandbytes' nf4, with double quantisation."""
+        from bitsandbytes.functional import quantize_4bit
+        packed, self.quant_state = quantize_4bit(
+            weight.flatten(0, 1), compress_statistics=True, quant_type="nf4")
+        return packed
+
+    def unpacked(self, dtype):
+        """The frozen weights [E, out, in]."""
+        if self.quant_state is None:
+            return self.weight
+        from bitsandbytes.functional import dequantize_4bit
+        weight = dequantize_4bit(self.weight.data, self.quant_state)
+        return weight.to(dtype).view(self.experts, self.out_features, self.in_features)
+
+    def names(self, path):
+        """What a checkpoint calls the parts of the stack at `path`: mlp.experts.up_proj holds
+        mlp.experts.0.up_proj, mlp.experts.1.up_proj, ..."""
+        outer, _, name = path.rpartition(".")
+        return [f"{outer}.{expert}.{name}" for expert in range(self.experts)]
+
+    def extra_repr(self):
+        return f"{self.experts} x {self.in_features} -> {self.out_features}"
 
 
 class FrozenProduct(torch.autograd.Function):
     """The product with frozen weights.
 
-    They are put side by side, and their 4 bits unpacked, in the forward pass and again in the
-    backward pass. So nobody keeps them in between.
+    Their 4 bits are unpacked in the forward pass and again in the backward pass. So nobody keeps
+    the large copy in between.
     """
 
     @staticmethod
-    def forward(ctx, x, ends, layers):
-        ctx.save_for_backward(ends)
-        ctx.layers = layers
-        return F.grouped_mm(x, stack_weights(layers, x.dtype).mT, offs=ends)
+    def forward(ctx, x, stack, places):
+        ctx.stack, ctx.places = stack, places
+        return product(x, stack.unpacked(x.dtype), places)
 
     @staticmethod
     def backward(ctx, grad):
-        weights = stack_weights(ctx.layers, grad.dtype)
-        return F.grouped_mm(grad.contiguous(), weights, offs=ctx.saved_tensors[0]), None, None
+        W = ctx.stack.unpacked(grad.dtype)
+        return product(grad.contiguous(), W.mT, ctx.places), None, None
 
 
-def stack_weights(layers, dtype):
-    """The weights of linear layers of one shape, unpacked -> [layers, out, in]."""
-    state = getattr(layers[0].weight, "quant_state", None)
-    if state is None:
-        return torch.stack([layer.weight for layer in layers])
-    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
-    states = [layer.weight.quant_state for layer in layers]
-    # A scale belongs to a block of 64 weights. A matrix is a whole number of blocks, so many
-    # matrices are unpacked like one.
-    scales = torch.cat([dequantize_blockwise(own.absmax, own.state2) + own.offset
-                        for own in states])
-    packed = torch.cat([layer.weight.data.flatten() for layer in layers])
-    shape = torch.Size((len(layers) * state.shape[0], state.shape[1]))
-    whole = QuantState(absmax=scales, shape=shape, code=state.code, blocksize=state.blocksize,
-                       quant_type=state.quant_type, dtype=dtype)
-    return dequantize_4bit(packed[:, None], whole).view(len(layers), *state.shape)
+class Experts(nn.Module):
+    """Each token goes through its k experts; the outputs are summed with the router's weights."""
+
+    def __init__(self, experts, width, inner):
+        super().__init__()
+        self.gate_proj, self.up_proj = Stack(experts, width, inner), Stack(experts, width, inner)
+        self.down_proj = Stack(experts, inner, width)
+
+    def forward(self, x, weights, chosen):
+        """x [B, L, D] -> the same shape. weights, chosen [B * L, k]: how much of which expert.
+
+        Differs: LLaDA2.x was published to sum the outputs in float32. Ours sums in the model's
+        precision.
+        """
+        places = sort_tokens(chosen, len(x), self.gate_proj.experts, pads(x))
+        rows = x.flatten(0, 1).index_select(0, places.tokens)
+        inner = F.silu(self.gate_proj(rows, places)) * self.up_proj(rows, places)
+        out = self.down_proj(inner, places).index_select(0, places.rows)
+        out = out.view(*chosen.shape, -1)  # [B * L, k, D]
+        return (weights.to(out.dtype)[:, None] @ out).view(x.shape)

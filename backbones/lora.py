@@ -6,6 +6,7 @@ bases can have the same shapes, and an adapter fits only one of them.
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from backbones.config import show
+from backbones.experts import Stack
 from backbones.families import FAMILIES
 from files import (
     MOST_TENSORS, model_folder, open_tensors, read_json, read_tensor, write_json, write_tensors,
@@ -57,24 +59,46 @@ def add_lora(backbone, rank, alpha, dropout, scope="all", router=False, dtype="f
     targets: names of the layers, in place of scope and router. Returns the backbone.
     """
     from peft import LoraConfig, get_peft_model
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none",
-        base_model_name_or_path=backbone.name,
-        target_modules=targets or lora_targets(backbone.config, scope, router),
-        exclude_modules=backbone.family.head)  # LLaDA-8B gives a layer and the head one name
-    backbone.network.name_or_path = backbone.name  # where PEFT looks
-    with torch.random.fork_rng(devices=[]):  # PEFT draws A from the global generator
+    targets, network = targets or lora_targets(backbone.config, scope, router), backbone.network
+    head = backbone.family.head  # LLaDA-8B gives a layer and the head one name
+    backbone.lora_config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=targets,
+        base_model_name_or_path=backbone.name, exclude_modules=head)
+    named = [(name, module) for name, module in network.named_modules()
+             if name.rpartition(".")[2] in targets and name != head]
+    network.requires_grad_(False)
+    network.name_or_path = backbone.name  # where PEFT looks
+    with torch.random.fork_rng(devices=[]):  # A is drawn from the global generator
         torch.manual_seed(seed)
-        backbone.network = get_peft_model(backbone.network, config)
-    for p in lora_weights(backbone).values():
-        p.data = p.data.to(getattr(torch, dtype))
+        # PEFT knows nothing of stacks of experts, so these have a LoRA of their own.
+        stacks = [name for name, module in named if isinstance(module, Stack)]
+        for name in stacks:
+            network.get_submodule(name).add_lora(rank, alpha, dropout)
+        if len(stacks) < len(named):
+            theirs = replace(backbone.lora_config, exclude_modules=[head, *stacks])
+            backbone.network = get_peft_model(network, theirs)
+    for name, p in backbone.network.named_parameters():
+        p.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            p.data = p.data.to(getattr(torch, dtype))
     return backbone
 
 
 def lora_weights(backbone):
-    """{key in PEFT's file: parameter}."""
-    named = backbone.network.named_parameters()
-    return {name.replace(".default.", "."): p for name, p in named if "lora_" in name}
+    """{key in PEFT's file: the weight}. An expert's are views of its stack's."""
+    weights = {}
+    for path, module in backbone.core.named_modules():
+        if isinstance(module, Stack):
+            paths, parts = module.names(path), [module.lora_A, module.lora_B]
+        elif hasattr(module, "lora_A"):
+            paths = [path]
+            parts = [x["default"].weight[None] for x in (module.lora_A, module.lora_B)]
+        else:
+            continue
+        for letter, part in zip("AB", parts):
+            weights |= {f"base_model.model.{one}.lora_{letter}.weight": W
+                        for one, W in zip(paths, () if part is None else part)}
+    return weights
 
 
 def weights_checksum(embedding, vectors):
@@ -95,7 +119,7 @@ def save_adapter(backbone, folder):
     The weights are one file, and the other two stay as they are from one save of a run to the next.
     So it does not matter between which files a run is killed.
     """
-    config = backbone.network.peft_config["default"].to_dict() | {"inference_mode": True}
+    config = backbone.lora_config.to_dict() | {"inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value
               for key, value in config.items()}
     base = {"name": backbone.name, "checksum": backbone.weights_checksum()}
@@ -199,9 +223,11 @@ def check_places(tensors, network, config, rank, folder):
     if odd or not targets:
         raise ValueError(f"{folder} adapts {odd[0] if odd else 'nothing'}; a LoRA on this model is "
                          f"on {', '.join(allowed)}")
-    for name, module in network.named_modules():
-        if (isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
-                and name != family.head):
+    for path, module in network.named_modules():
+        wanted = path.rpartition(".")[2] in targets and path != family.head
+        if not wanted or not isinstance(module, (nn.Linear, Stack)):
+            continue
+        for name in module.names(path) if isinstance(module, Stack) else [path]:
             stem = f"base_model.model.{name}.lora_"
             shapes[stem + "A.weight"] = (rank, module.in_features)
             shapes[stem + "B.weight"] = (module.out_features, rank)
@@ -225,8 +251,8 @@ def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):
                          f"they are missing, such as {min(missing)}")
     refuse_other_weights(raw, folder, backbone.name, backbone.weights_checksum())
     add_lora(backbone, raw["r"], raw["lora_alpha"], dropout, dtype=dtype, targets=targets)
-    for key, p in lora_weights(backbone).items():
-        p.data.copy_(tensors[key])
+    for key, weight in lora_weights(backbone).items():
+        weight.data.copy_(tensors[key])
     return backbone
 
 

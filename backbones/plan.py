@@ -11,6 +11,7 @@ from torch import nn
 import memdlm
 from backbones.backbone import LOGITS, Backbone, build_network
 from backbones.checkpoint import human_count, quantisable
+from backbones.experts import Stack
 from backbones.families import FAMILIES
 from backbones.lora import lora_targets
 
@@ -55,8 +56,10 @@ def lora_sizes(network, config, s):
     sizes = []
     for name, module in network.named_modules():
         is_head = name == FAMILIES[config.family].head
-        if isinstance(module, nn.Linear) and not is_head and name.rpartition(".")[2] in targets:
-            sizes += [s.lora_rank * module.in_features, s.lora_rank * module.out_features]
+        adaptable = isinstance(module, (nn.Linear, Stack)) and not is_head
+        if adaptable and name.rpartition(".")[2] in targets:
+            rows = s.lora_rank * getattr(module, "experts", 1)
+            sizes += [rows * module.in_features, rows * module.out_features]
     return sizes
 
 
@@ -69,7 +72,8 @@ def phi_bytes(network, config, s):
     numbers = 0
     for module in Backbone(network, config).matrices(first, s.scope).values():
         if s.adapter == "lora":
-            numbers += s.rank * (module.in_features + module.out_features)
+            each = s.rank * (module.in_features + module.out_features)
+            numbers += each * getattr(module, "experts", 1)
         else:
             numbers += module.weight.numel()
     return numbers * 4 * count

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from backbones.checkpoint import load_backbone
+from backbones.checkpoint import hub_weights, load_backbone
 from backbones.families import TINY
 
 TEMPLATE = (
@@ -49,7 +49,7 @@ def write_tiny(name, folder, seed=0, shards=2):
     raw |= {"pad_token_id": raw["eos_token_id"], "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(raw, indent=1))
     backbone = load_backbone(raw, random=True, dtype="float32", device="cpu", seed=seed)
-    write_shards(backbone.network.state_dict(), folder, shards)
+    write_shards(hub_weights(backbone.network), folder, shards)
     pairs = [{"prompt": f"What is {a} plus {b}?", "response": f"{a} plus {b} is {a + b}."}
              for a in range(10) for b in range(6)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n")

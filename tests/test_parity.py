@@ -9,6 +9,7 @@ prompt and what is decoded after it. Tolerance: ten times the float32 rounding o
 which was measured against the same runs in float64. """
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,6 +125,38 @@ def agree(family, quantity, ours, theirs, scale=10):
     assert error <= scale * ROUNDING[family][quantity], f"{quantity}: {error:.2e}"
 
 
+# A recording has a matrix for each expert, a stack of ours has all of them in one tensor.
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
+
+
+def stack_experts(phi):
+    """{matrix: tensors [G, ...]} -> the same with the experts' in stacks, [G, E, ...]."""
+    out, stacks = {}, {}
+    for name, tensors in phi.items():
+        found = EXPERT.fullmatch(name)
+        if found:
+            stacks.setdefault(f"{found[1]}.{found[3]}", []).append((int(found[2]), tensors))
+        else:
+            out[name] = tensors
+    for name, members in stacks.items():
+        members = [tensors for _, tensors in sorted(members, key=lambda member: member[0])]
+        out[name] = tuple(torch.stack(part, dim=1) for part in zip(*members))
+    return out
+
+
+def by_expert(phi):
+    """The way back. Tensors [G, E, ...] of a stack -> {matrix: tensors [G, ...]}."""
+    out = {}
+    for name, tensors in phi.items():
+        outer, dot, last = name.rpartition(".")
+        if not outer.endswith(".experts"):
+            out[name] = tensors
+            continue
+        for e in range(tensors[0].shape[1]):
+            out[f"{outer}.{e}.{last}"] = tuple(w[:, e] for w in tensors)
+    return out
+
+
 def settings(z, **changes):
     config = json.loads(str(z["config"])) if "config" in z else {}
     rank = config.get("mem_inner_rank", 4)
@@ -133,7 +166,8 @@ def settings(z, **changes):
 def phi0(z, s):
     """The recorded initial A and B = 0, shared by the batch."""
     if s.adapter == "full":
-        return {n: (torch.zeros(1, *z[f"phi_final/{n}.delta"].shape),) for n in z["adapters"]}
+        return stack_experts({n: (torch.zeros(1, *z[f"phi_final/{n}.delta"].shape),)
+                              for n in z["adapters"]})
     phi = {}
     for n in z["adapters"]:
         A, out = z[f"init/{n}.A"], z[f"grad1/{n}.B"].shape
@@ -142,7 +176,7 @@ def phi0(z, s):
         out = out[0] if len(out) == 2 else next(len(z[f"grad1/{m}.B"]) for m in z["adapters"]
                                                 if m[-9:] == n[-9:] and z[f"grad1/{m}.B"].ndim == 2)
         phi[n] = (A[None], torch.zeros(1, out, len(A)))
-    return phi
+    return stack_experts(phi)
 
 
 def path_of(z, s, x0):
@@ -181,6 +215,7 @@ def check_first_gradient(family, z, s, backbone, batch, path, phi):
     step = replace(s, clip="none", inner_lr=1.0)
     phi1, _ = memdlm.inner_loop(backbone, step, path[:1], batch.x0, batch.valid,
                                 lower_of(backbone, s, batch), phi)
+    phi, phi1 = by_expert(phi), by_expert(phi1)
     part = "delta" if s.adapter == "full" else "B"
     recorded = {n: z[f"grad1/{n}.{part}"] for n in phi}
     ours = {n: phi[n][-1][0] - phi1[n][-1][0] for n in phi}
@@ -197,13 +232,22 @@ def lower_of(backbone, s, batch):
     return lambda x: memdlm.lower_layers(backbone, s, x, batch.valid).detach()
 
 
+def gradient_by_expert(key, grad):
+    """{key of a checkpoint: gradient}: of each expert, if the key is that of a stack."""
+    found = re.fullmatch(r"(.*\.experts)\.(\w+)\.(weight|lora_[AB])", key)
+    if not found:
+        return {key: grad}
+    last = found[3] + ".weight" * found[3].startswith("lora_")
+    return {f"{found[1]}.{e}.{found[2]}.{last}": g for e, g in enumerate(grad)}
+
+
 def check_outer_gradients(family, z, backbone):
     """The gradient of theta: tensor by tensor where it was kept, else its norm."""
     grads = {}
     for n, p in backbone.named_parameters():
         if p.grad is not None:
             key = n.replace(".default.", ".").removeprefix("network.")
-            grads[key.removeprefix("base_model.model.")] = p.grad
+            grads |= gradient_by_expert(key.removeprefix("base_model.model."), p.grad)
     kept = [k for k in z if k.startswith("outer_grad/")]
     assert kept
     for key in kept:
@@ -218,7 +262,7 @@ def check_outer_gradients(family, z, backbone):
 def check_phi(family, z, s, phi):
     """phi at the end: tensor by tensor where it was kept, else its norm."""
     kinds = ("delta",) if s.adapter == "full" else ("A", "B")
-    for n, tensors in phi.items():
+    for n, tensors in by_expert(phi).items():
         for kind, w in zip(kinds, tensors):
             if f"phi_final/{n}.{kind}" in z:
                 agree(family, "phi", w[0], z[f"phi_final/{n}.{kind}"])
@@ -255,6 +299,7 @@ def test_parity_of_a_training_step(family, name, monkeypatch):
     if f"phi1/{whole[0]}.B" in z and len(path) > 1:
         one, _ = memdlm.inner_loop(backbone, s, path[:1], batch.x0, batch.valid,
                                    lower_of(backbone, s, batch), phi0(z, s))
+        one = by_expert(one)
         agree(family, "phi", torch.cat([one[n][1].flatten() for n in whole]),
               torch.cat([z[f"phi1/{n}.B"].flatten() for n in whole]))
     if "plain_logits" in z:
@@ -300,7 +345,7 @@ def test_parity_of_adapting_to_a_prompt_and_decoding(family, monkeypatch):
     with_recorded(monkeypatch, z, path, phi)
     phi, record = memdlm.adapt(backbone, s, prompt, valid, [0])
     agree(family, "inner", record["inner"], z["stage_loss"])
-    for n, tensors in phi.items():
+    for n, tensors in by_expert(phi).items():
         for kind, w in zip("AB", tensors):
             if f"phi_final/{n}.{kind}" in z:
                 agree(family, "phi", w[0], z[f"phi_final/{n}.{kind}"])
@@ -360,7 +405,7 @@ def test_parity_of_hidden_state_distillation_where_ours_differs(family, name, mo
     monkeypatch.setitem(memdlm.INNER_LOSSES, s.inner_loss, published)
     phi, record = memdlm.inner_loop(backbone, s, path, batch.x0, batch.valid, lower, phi0(z, s))
     agree(family, "inner", record["inner"], z["stage_loss"])
-    for n, (A, B) in phi.items():
+    for n, (A, B) in by_expert(phi).items():
         if f"phi_final/{n}.B" in z:
             agree(family, "phi", B[0], z[f"phi_final/{n}.B"])
     assert not all(torch.equal(corrected[n][1], phi[n][1]) for n in phi)

@@ -11,7 +11,6 @@ from torch import nn
 from backbones.backbone import build_network
 from backbones.blocks import GroupRouter
 from backbones.checkpoint import load_backbone
-from backbones.experts import Experts
 from backbones.families import PUBLISHED, TINY, translate
 from backbones.lora import add_lora, lora_weights
 import memdlm
@@ -50,12 +49,6 @@ def random_batch(lengths, prompt=5, seed=0):
     valid = torch.arange(x0.shape[1]) < torch.tensor(lengths)[:, None]
     maskable = valid & (torch.arange(x0.shape[1]) >= prompt)
     return Batch(x0, maskable, valid, list(range(len(lengths))), x0, valid)
-
-
-def use_grouped(backbone, on):
-    for m in backbone.modules():
-        if isinstance(m, Experts):
-            m.grouped = on
 
 
 def one_sample(batch, b):
