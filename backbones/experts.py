@@ -81,10 +81,10 @@ def pads(x):
 
     `grouped_mm` has its fast kernel in bfloat16 on GPUs from sm_90 on. On others it falls back to
     one product per expert and waits for the device. On a CPU one product per expert is the fast
-    way.
+    way, but there is none in float64.
     """
     if not x.is_cuda:
-        return False
+        return x.dtype == torch.float64
     return x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (9, 0)
 
 

@@ -91,8 +91,7 @@ def lora_weights(backbone):
         if isinstance(module, Stack):
             paths, parts = module.names(path), [module.lora_A, module.lora_B]
         elif hasattr(module, "lora_A"):
-            paths = [path]
-            parts = [x["default"].weight[None] for x in (module.lora_A, module.lora_B)]
+            paths, parts = [path], [[x["default"].weight] for x in (module.lora_A, module.lora_B)]
         else:
             continue
         for letter, part in zip("AB", parts):

@@ -110,28 +110,29 @@ def optimizer_bytes(optimizer, n, grain):
     return 2 * (n + -(-n // 256) * 4)
 
 
-def kept_per_token(config, s, wide, mask=1):
+def kept_per_token(config, s, wide, mask_of=lambda grain: 1):
     """Bytes that autograd keeps of one token in one layer.
 
-    wide: bytes of a number. mask: bytes of one in dropout's mask.
+    wide: bytes of a number. mask_of: bytes of a number of so many -> bytes of one in dropout's
+    mask.
     """
     family = FAMILIES[config.family]
     D, q, kv = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
     grain = BYTES[s.lora_dtype]
 
-    def input_of_matrix(width, adapted=True):
+    def input_of_matrix(width, grain=grain, adapted=True):
         # A frozen matrix keeps nothing of its input. A LoRA keeps what dropout left of it, in its
         # own precision, and dropout's mask.
         if not s.lora:
             return width * wide
         if not adapted:
             return 0
-        return width * (grain + mask) if s.lora_dropout else width * grain
+        return width * (grain + mask_of(grain) * (s.lora_dropout > 0))
 
-    def feed_forward(inner):
+    def feed_forward(inner, grain=grain):
         # Of silu(gate) * up: both factors, and what silu was applied to.
         adapted = s.lora_scope == "all"
-        inputs = 2 * input_of_matrix(D, adapted) + input_of_matrix(inner, adapted)
+        inputs = (2 * input_of_matrix(D, grain, adapted) + input_of_matrix(inner, grain, adapted))
         return 3 * inner * wide + inputs
 
     norms = 2 * D * 4 + ((q + kv) * 4 if family.head_norms else 0)  # their inputs, in float32
@@ -140,7 +141,8 @@ def kept_per_token(config, s, wide, mask=1):
     attention += input_of_matrix(q) + input_of_matrix(D) * (len(family.attention) - 1)
     if not config.experts:
         return norms + attention + feed_forward(config.ffn)
-    routed = config.top_k * (feed_forward(config.expert_ffn) + D * wide)
+    # The LoRA of a stack of experts computes in the model's precision.
+    routed = config.top_k * (feed_forward(config.expert_ffn, wide) + D * wide)
     shared = feed_forward(config.shared) if config.shared else 0
     return norms + attention + routed + shared
 

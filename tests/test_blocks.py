@@ -1,5 +1,6 @@
 """The blocks: against the library, by hand, and as backbones that memdlm.py asks."""
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,15 +9,16 @@ from torch import nn
 
 from backbones.backbone import Backbone
 from backbones.blocks import Context, GroupRouter, RMSNorm, attend, rotary, rotate
-from backbones.checkpoint import load_backbone
-from backbones.experts import Experts
+from backbones.checkpoint import hub_weights, load_backbone
+import backbones.experts as experts_module
+from backbones.experts import Experts, Stack
 from backbones.families import PUBLISHED, TINY, translate
 from backbones.lora import add_lora, lora_targets
 import memdlm
 from memdlm import MemDLM
 from settings import Settings
 from tiny_models import (LIBRARY, NAMES, all_logits, empty_network, library_model, one_sample,
-                         random_batch, tiny_backbone, use_grouped)
+                         random_batch, tiny_backbone)
 
 
 # ---- Shapes and architectures -------------------------------------------------------------------
@@ -27,24 +29,30 @@ def test_published_shapes_count_as_published():
     for name, parameters, tensors in (("llada-8b", 8_015_581_184, None),
                                       ("llada-moe", 7_356_880_896, 3219), ("llada2.1-mini",
                                                                            16_255_643_392, 14813)):
-        state = empty_network(name).state_dict()
+        state = hub_weights(empty_network(name))
         assert sum(v.numel() for v in state.values()) == parameters
         assert tensors in (None, len(state))
-    for name, router, modules, lora, adapted, phi in (("llada-moe", True, 3152, 311_459_840, 384,
-                                                       37.7e6), ("llada2.1-mini", False, 14692,
-                                                                 1_206_632_448, 1542, 126.3e6)):
+    # With rank 32. An expert's matrices count one by one, as PEFT would count them.
+    for name, router, modules, lora, adapted, phi in (
+            ("llada-moe", True, 3152, 311_459_840, 384, 37.7e6),
+            ("llada2.1-mini", False, 14692, 1_206_632_448, 1542, 126.3e6)):
         network, config = empty_network(name), translate(PUBLISHED[name])
         targets = lora_targets(config, "all", router)
-        linears = [
-            m for n, m in network.named_modules()
-            if isinstance(m, nn.Linear) and n.rpartition(".")[2] in targets
-        ]
-        assert len(linears) == modules and sum(32 * (m.in_features + m.out_features)
-                                               for m in linears) == lora
+        adaptable = [m for n, m in network.named_modules()
+                     if isinstance(m, (nn.Linear, Stack)) and n.rpartition(".")[2] in targets]
+        assert count_matrices(adaptable) == modules and count_low_rank(adaptable) == lora
         backbone = Backbone(network, config)
-        fast = backbone.matrices(memdlm.first_fast_layer(config.layers, 0.10), "ffn")
-        assert len(fast) == adapted
-        assert abs(sum(32 * (m.in_features + m.out_features) for m in fast.values()) - phi) < 0.1e6
+        fast = backbone.matrices(memdlm.first_fast_layer(config.layers, 0.10), "ffn").values()
+        assert count_matrices(fast) == adapted
+        assert abs(count_low_rank(fast) - phi) < 0.1e6
+
+
+def count_matrices(modules):
+    return sum(getattr(m, "experts", 1) for m in modules)
+
+
+def count_low_rank(modules):
+    return sum(getattr(m, "experts", 1) * 32 * (m.in_features + m.out_features) for m in modules)
 
 
 @pytest.mark.parametrize("name", LIBRARY)
@@ -56,8 +64,7 @@ def test_the_blocks_are_those_of_the_library_without_the_causal_mask(name):
               ("post_attention_layernorm", "ff_norm"), ("self_attn.o_proj", "attn_out"),
               ("self_attn.", ""), ("mlp.gate_proj", "ff_proj"), ("mlp.up_proj", "up_proj"),
               ("mlp.down_proj", "ff_out")]
-    weights = ours.network.state_dict()
-    state = {}
+    weights, state = hub_weights(ours.network), {}
     for key, value in theirs.state_dict().items():
         if ".experts.gate_up_proj" in key:
             stem = key.removesuffix("gate_up_proj")
@@ -113,13 +120,15 @@ def test_group_router_by_hand():
 
 def test_experts_are_what_a_loop_over_tokens_gives():
     backbone = tiny_backbone("llada-moe")
-    mlp = backbone.part("layers")[1].mlp
+    layer = backbone.part("layers")[1]
+    mlp, own = layer.mlp, hub_weights(layer)
     x = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(0))
     weights, chosen = mlp.gate(x).flatten(0, 1).softmax(-1).topk(2, dim=-1)
     out = mlp.experts(x, weights, chosen).view(-1, 64)
     for i, token in enumerate(x.view(-1, 64)):
         expected = sum(
-            w * mlp.experts[e](token[None])[0] for w, e in zip(weights[i], chosen[i].tolist()))
+            w * plain_feed_forward(own, f"mlp.experts.{e}", token)
+            for w, e in zip(weights[i], chosen[i].tolist()))
         torch.testing.assert_close(out[i], expected, rtol=1e-4, atol=1e-6)
     assert (weights.sum(-1) < 0.9).any()  # not renormalised
 
@@ -247,47 +256,45 @@ def test_unread_rows_skip_the_feed_forward():
         memdlm.upper_layers(backbone, Settings(),
                             memdlm.lower_layers(backbone, Settings(), batch.x0, batch.valid),
                             batch.valid, None, rows_read)
-    assert seen == [3, 40, 40]  # with gradients all must take part if none is read, for DDP
+    # As many of each sample as the one that needs the most, three. With gradients, all weights
+    # must take part even if nothing is read, for DDP.
+    assert seen == [6, 40, 40]
     with torch.no_grad():
         h = memdlm.lower_layers(backbone, Settings(), batch.x0, batch.valid)
         memdlm.upper_layers(backbone, Settings(), h, batch.valid, None, torch.zeros_like(need))
-    assert seen == [3, 40, 40]
+    assert seen == [6, 40, 40]
 
 
 # ---- What the host waits for --------------------------------------------------------------------
 
-def test_a_step_reads_one_number_back_per_moe_layer(monkeypatch):
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_step_reads_at_most_one_number_back_per_moe_layer(padded, monkeypatch):
     """Masks live on the host, hidden states on the device.
 
-    Nothing that is computed from hidden states is read, but each MoE layer's counts, once a pass;
-    with all experts at once not even these.
+    Nothing that is computed from hidden states is read, but, where products are padded, how many
+    rows the fullest expert of a layer has, once a pass.
     """
-    backbone = tiny_backbone("llada-moe")
+    backbone, passes, reads = tiny_backbone("llada-moe"), [], []
     add_lora(backbone, 8, 16.0, 0.05)
-    passes = []
+    monkeypatch.setattr(experts_module, "pads", lambda x: padded)
     for m in backbone.modules():
         if isinstance(m, Experts):
             m.register_forward_hook(lambda *a: passes.append(1))
-    reads = []
     for method in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "numpy"):
         def spy(self, *a, real=getattr(torch.Tensor, method), method=method, **k):
-            import sys
-            caller = sys._getframe(1)
-            name = caller.f_code.co_name
-            if "backbones" in caller.f_code.co_filename or "memdlm.py" in caller.f_code.co_filename:
-                reads.append((name, method))
+            code = sys._getframe(1).f_code
+            if "backbones" in code.co_filename or "memdlm.py" in code.co_filename:
+                reads.append((code.co_name, method))
             return real(self, *a, **k)
         monkeypatch.setattr(torch.Tensor, method, spy)
     # Of masks and counts of masks.
-    on_the_host = {"blocks", "mask", "add_feed_forward", "stage_loss"}
-    for on in (False, True):
-        use_grouped(backbone, on)
-        for s in (Settings(rank=8), Settings(rank=8, memory=False)):
-            reads.clear(), passes.clear()
-            MemDLM(backbone.train(), s)(random_batch([30, 20]), report=False)[0].backward()
-            assert reads.count(
-                ("run_one_by_one", "tolist")) == (0 if on else len(passes)) and len(passes) >= 4
-            assert {name for name, _ in reads} - on_the_host <= {"run_one_by_one"}
+    on_the_host = {"blocks", "mask", "rows_needed", "numbers_of", "stage_loss"}
+    for s in (Settings(rank=8), Settings(rank=8, memory=False)):
+        reads.clear(), passes.clear()
+        MemDLM(backbone.train(), s)(random_batch([30, 20]), report=False)[0].backward()
+        of_device = [read for read in reads if read[0] not in on_the_host]
+        assert of_device == [("sort_tokens", "__int__")] * len(passes) * padded
+        assert len(passes) >= 4
 
 
 # ---- Against loops ------------------------------------------------------------------------------
@@ -360,7 +367,7 @@ def plain_llada2(w, ids):
 def test_llada2_against_loops_over_positions_heads_and_experts():
     """In float64, one position, head and expert at a time. The library has no such model."""
     backbone = tiny_backbone("llada2.1-mini")
-    w = {name: p.double() for name, p in backbone.network.state_dict().items()}
+    w = {name: p.double() for name, p in hub_weights(backbone.network).items()}
     ids = [5, 17, 5, 250, 99, 3]
     x0 = torch.tensor([ids + [7, 7]])
     valid = torch.tensor([[True] * 6 + [False] * 2])

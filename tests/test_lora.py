@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from backbones.backbone import Backbone, build_network
-from backbones.checkpoint import load_backbone, load_weights
+from backbones.checkpoint import hub_weights, load_backbone, load_weights
 from backbones.families import FAMILIES
 from backbones.lora import (add_lora, load_adapter, lora_weights, merge_adapter, save_adapter)
 import memdlm
@@ -43,7 +43,7 @@ def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(
     other.network = PeftModel.from_pretrained(other.network, tmp_path / "adapter")
     torch.testing.assert_close(all_logits(other, batch.x0, batch.valid), expected)
     # Merged: into the weights of a checkpoint on disk, before they would be quantised.
-    weights = tiny_backbone(name).network.state_dict()
+    weights = hub_weights(tiny_backbone(name).network)
     network = build_network(backbone.config)
     source = merge_adapter(lambda key, shape: weights[key], str(tmp_path / "adapter"), network,
                            name, backbone.config)

@@ -1011,24 +1011,38 @@ def test_a_phi_for_another_number_of_samples_is_refused():
     assert count_hooks(model) == 0
 
 
-def test_rows_of_several_samples_in_one_input_get_each_their_own_phi():
-    """An expert's input [N, in] has `rows_per_sample` rows of each sample, one after the other.
+def test_samples_multiply_by_their_own_fast_weights_or_by_one_for_all():
+    generator = torch.Generator().manual_seed(0)
+    x, W = torch.randn(3, 5, 4, generator=generator), torch.randn(3, 2, 4, generator=generator)
+    own, shared = memdlm.fast_product(x, W), memdlm.fast_product(x, W[1:2])
+    for b in range(3):
+        for i in range(5):
+            torch.testing.assert_close(own[b, i], W[b] @ x[b, i])
+            torch.testing.assert_close(shared[b, i], W[1] @ x[b, i])
+    with pytest.raises(ValueError, match="phi is for 2 samples, the input has 3"):
+        memdlm.fast_product(x, W[:2])
 
-        row       0  1  2  3  4  5
-        sample    0  0  2  2  2  3      rows_per_sample = 2 0 3 1: none of sample 1
-    """
-    expert, generator = nn.Linear(3, 2, bias=False), torch.Generator().manual_seed(0)
-    x, A, B = [torch.randn(shape, generator=generator)
-               for shape in ((6, 3), (4, 5, 3), (4, 2, 5))]
-    expert.rows_per_sample = [2, 0, 3, 1]
-    out = memdlm.per_sample_product(memdlm.low_rank, expert, x, (A, B))
-    for row, sample in enumerate([0, 0, 2, 2, 2, 3]):
-        torch.testing.assert_close(out[row], B[sample] @ (A[sample] @ x[row]))
-    delta = torch.randn(4, 2, 3, generator=generator)
-    out = memdlm.per_sample_product(memdlm.full_rank, expert, x, (delta,))
-    torch.testing.assert_close(out[5], delta[3] @ x[5])
-    with pytest.raises(ValueError, match="phi is for 2 samples, the input has 4"):
-        memdlm.per_sample_product(memdlm.low_rank, expert, x, (A[:2], B[:2]))
+
+def test_steps_of_a_stack_are_the_steps_of_its_matrices():
+    """Each expert's gradient is clipped by its own norm, for each sample."""
+    generator = torch.Generator().manual_seed(0)
+    s = Settings(inner_lr=0.5, clip_norm=2.0)
+    stack, grad = (torch.randn(2, 3, 4, 5, generator=generator) for _ in range(2))
+    loss = torch.zeros(2)
+    moved, taken = memdlm.sgd_step(s, {"stack": (stack,)}, [grad], loss)
+    single = {str(e): (stack[:, e],) for e in range(3)}
+    alone, _ = memdlm.sgd_step(s, single, [grad[:, e] for e in range(3)], loss)
+    assert taken.all()
+    for e in range(3):
+        torch.testing.assert_close(moved["stack"][0][:, e], alone[str(e)][0])
+        for b in range(2):
+            g = grad[b, e]
+            want = stack[b, e] - 0.5 * g * min(1, 2 / float(g.norm()))
+            torch.testing.assert_close(moved["stack"][0][b, e], want)
+    grad[1, 2, 0, 0] = math.inf  # one number of one expert: that sample's phi stays as it was
+    moved, taken = memdlm.sgd_step(s, {"stack": (stack,)}, [grad], loss)
+    assert taken.tolist() == [True, False] and torch.equal(moved["stack"][0][1], stack[1])
+    assert not torch.equal(moved["stack"][0][0], stack[0])
 
 
 # ---- 7. Losses: logits for a few rows at a time -------------------------------------------------

@@ -47,9 +47,8 @@ def test_the_plans_activations_are_those_that_autograd_keeps(name, lora_dtype):
     h = torch.randn(1, 256, backbone.config.width, dtype=torch.bfloat16, requires_grad=True)
     valid = torch.ones(1, 256, dtype=torch.bool)
     kept, _ = saved_bytes(lambda: backbone.blocks(h, valid, 2, 3))
-    # As on a CPU.
-    planned = 256 * kept_per_token(backbone.config, s, 2, mask={"float32": 4, "bfloat16": 2
-                                                                }[lora_dtype])
+    # On a CPU dropout's mask has the precision of its input.
+    planned = 256 * kept_per_token(backbone.config, s, 2, mask_of=lambda grain: grain)
     assert 0.95 < kept / planned < 1.08, (kept, planned)
 
 
@@ -60,8 +59,8 @@ def test_the_plan_counts_what_is_loaded():
     parts = [size for _, size in memory_plan(backbone.config, s, 100)]
     held = sum(p.numel() * p.element_size() for p in backbone.parameters())
     for m in backbone.modules():
-        if hasattr(m, "quant_state"):
-            q = m.weight.quant_state
+        q = getattr(getattr(m, "weight", None), "quant_state", getattr(m, "quant_state", None))
+        if q is not None:
             held += q.absmax.numel() * q.absmax.element_size() + q.state2.absmax.numel(
             ) * q.state2.absmax.element_size()
     assert abs(parts[0] - held) / held < 0.02

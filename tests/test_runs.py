@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 import runs
 from backbones.checkpoint import load_backbone
-from backbones.experts import Experts
+from backbones.experts import Stack
 from backbones.lora import add_lora, lora_weights, save_adapter
 from backbones.text import ChatData, chat_turns
 from runs import (
@@ -58,13 +59,6 @@ def test_a_control_differs_in_its_memory_alone():
     assert replace(control, memory=True, closed_book=True) == s
 
 
-@pytest.mark.parametrize("rank, lora_rank, fits", [
-    (8, 16, True), (12, 8, False), (8, 12, False), (4, 4, False)])
-def test_grouped_experts_need_both_ranks(rank, lora_rank, fits):
-    with nullcontext() if fits else pytest.raises(ValueError, match="multiples of 8"):
-        Settings(model="x", experts="grouped", rank=rank, lora_rank=lora_rank)
-
-
 # ---- Settings -> model --------------------------------------------------------------------------
 
 @pytest.fixture
@@ -75,7 +69,7 @@ def real(tiny_models, tmp_path):
     return Settings(
         model=str(tiny_models / "llada-moe"), data=str(tmp_path / "pairs.jsonl"), max_length=60,
         truncate=True, split_seed=7, seed=3, lora_rank=8, lora_alpha=6.0, lora_dropout=0.25,
-        lora_scope="attention", lora_dtype="bfloat16", experts="grouped", rank=8)
+        lora_scope="attention", lora_dtype="bfloat16", rank=8)
 
 
 def build_quietly(s):
@@ -85,14 +79,13 @@ def build_quietly(s):
 def test_every_setting_of_a_real_model_reaches_it(real):
     data, model = build_quietly(real)
     backbone = model.backbone
-    lora = [m for m in backbone.modules() if hasattr(m, "lora_A")]
+    lora = [m for m in backbone.modules() if isinstance(m, LoraLayer)]
     assert {m.scaling["default"] for m in lora} == {0.75}
     assert {m.lora_dropout["default"].p for m in lora} == {0.25}
     weights = lora_weights(backbone)
     assert {p.dtype for p in weights.values()} == {torch.bfloat16}
     assert {key.rpartition(".lora_")[0].rpartition(".")[2] for key in weights} == {
         "q_proj", "k_proj", "v_proj", "o_proj"}
-    assert all(m.grouped for m in backbone.modules() if isinstance(m, Experts))
     assert backbone.checkpointing
     assert not build_quietly(replace(real, checkpointing=False))[1].backbone.checkpointing
 
@@ -109,9 +102,12 @@ def test_every_setting_of_a_real_model_reaches_it(real):
 def test_an_adapter_to_start_from_gets_the_runs_dropout(real, tmp_path):
     save_adapter(add_lora(load_backbone(real.model), 4, 8.0, 0.0), tmp_path / "adapter")
     s = replace(real, from_adapter=str(tmp_path / "adapter"))
-    lora = [m for m in build_quietly(s)[1].modules() if hasattr(m, "lora_A")]
-    assert {m.lora_dropout["default"].p for m in lora} == {0.25}
-    assert {m.scaling["default"] for m in lora} == {2.0}  # alpha and rank are the adapter's
+    modules = [*build_quietly(s)[1].modules()]
+    lora = [m for m in modules if isinstance(m, LoraLayer)]
+    stacks = [m for m in modules if isinstance(m, Stack)]
+    assert {m.lora_dropout["default"].p for m in lora} == {m.dropout for m in stacks} == {0.25}
+    # alpha and rank are the adapter's.
+    assert {m.scaling["default"] for m in lora} == {m.scaling for m in stacks} == {2.0}
 
 
 def test_a_run_is_opened_without_dropout_and_without_gradients(real, tmp_path):
@@ -157,3 +153,11 @@ def test_origin_names_all_code_that_makes_the_numbers_and_stays_as_it_was(tmp_pa
     monkeypatch.setattr(runs, "find_origin", lambda s: {"torch": "9.9"})
     write_settings(Settings(), tmp_path / "run")  # as a resumed run does, with --anyway
     assert (tmp_path / "run/origin.json").read_text() == before
+
+
+def test_a_run_of_the_time_when_experts_could_be_chosen_opens(tmp_path):
+    write_settings(Settings(steps=7), tmp_path)
+    path = tmp_path / "settings.json"
+    for old in ("loop", "grouped"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"experts": old}))
+        assert read_settings(tmp_path).steps == 7

@@ -11,6 +11,7 @@ from torch import nn
 from backbones.backbone import build_network
 from backbones.blocks import GroupRouter
 from backbones.checkpoint import load_backbone
+from backbones.experts import Stack
 from backbones.families import PUBLISHED, TINY, translate
 from backbones.lora import add_lora, lora_weights
 import memdlm
@@ -97,19 +98,22 @@ LIBRARY = {"llada-8b": make_llama, "llada-moe": make_qwen3_moe}
 
 
 def dequantised(backbone):
-    import bitsandbytes.functional as bf
-    return {
-        n: bf.dequantize_4bit(m.weight.data, m.weight.quant_state)
-        for n, m in backbone.network.named_modules()
-        if hasattr(m, "quant_state") and m.weight.quant_state is not None
-    }
+    """{name: the weights of a layer in 4 bits, unpacked}"""
+    from bitsandbytes.functional import dequantize_4bit
+    unpacked = {}
+    for name, m in backbone.network.named_modules():
+        if isinstance(m, Stack) and m.quant_state is not None:
+            unpacked[name] = m.unpacked(torch.float32)
+        elif hasattr(getattr(m, "weight", None), "quant_state"):
+            unpacked[name] = dequantize_4bit(m.weight.data, m.weight.quant_state)
+    return unpacked
 
 
 def random_lora(backbone, seed=0, router=False, **options):
     add_lora(backbone, 4, 8.0, 0.0, router=router, **options)
     generator = torch.Generator().manual_seed(seed)
     for key, p in lora_weights(backbone).items():
-        p.data = 0.1 * torch.randn(p.shape, generator=generator)
+        p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
     return backbone
 
 
