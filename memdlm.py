@@ -184,11 +184,8 @@ class Backbone(Protocol):
         """
 
     def matrices(self, first, scope):
-        """{name: matrix} of layers first, first + 1, ... that phi may act on.
-
-        A matrix is an nn.Linear, called on [B, L, in]. Or it is a stack of `experts` of them, which
-        multiplies by itself: fast_product(x, W [G, experts, out, in], and what else it was given).
-        """
+        """{name: matrix} of layers first, first + 1, ... that phi may act on: an nn.Linear, called
+        on [B, L, in], or a stack of `experts` of them, with a `fast_product` of its own."""
 
 
 def first_fast_layer(num_layers, fraction):
@@ -215,8 +212,8 @@ def uniform(seeds, purpose, *shape, dtype=torch.float32, device="cpu"):
     """Numbers in [0, 1), [B, *shape]. Those of sample b depend on seeds[b] and `purpose` alone.
 
     So a sample gets the same masks in any batch, on any device and any number of processes, in a
-    resumed run, and in the baseline, since the inner loop draws for other purposes. Masks are drawn
-    on the CPU. What is drawn on a `device` is the same on all devices of its kind.
+    resumed run, and in the baseline, since the inner loop draws for other purposes. What is drawn
+    on a `device`, phi's A alone, is the same on devices of one kind.
     """
     def draw(seed):
         generator = torch.Generator(device).manual_seed(crc32(f"{purpose} {seed}".encode()))
@@ -320,11 +317,7 @@ def inner_loop(backbone, s, path, x0, valid, lower, phi):
         tensors = [w for pair in phi.values() for w in pair]
         with torch.enable_grad():
             loss = stage_loss(backbone, s, stage, x0, valid, lower, phi)  # [G]
-            grads = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)
-        if all(g is None for g in grads):
-            raise RuntimeError("no fast weight took part: the model does not call its matrices")
-        # An expert that no token chose has no gradient.
-        grads = [torch.zeros_like(w) if g is None else g for w, g in zip(tensors, grads)]
+            grads = torch.autograd.grad(loss.sum(), tensors)
         phi, taken = sgd_step(s, phi, grads, loss.detach())
         losses.append(loss.detach().mean())
         skipped = skipped + (~taken).sum()
@@ -343,8 +336,7 @@ def stage_loss(backbone, s, stage, x0, valid, lower, phi):
         rows.append(rows_at(top, targets))
     # Eq. 7-8:  L_inner^(k) = sum_{i in M} -log p_{theta, phi_{k-1}}(x_0^i | x)
     loss = to_positions(backbone.per_row(INNER_LOSSES[s.inner_loss], *rows), targets).sum(1)  # [B]
-    weight, count = (to_device(x, h.device) for x in (stage.weight, targets.sum(1)))
-    loss = weight * loss
+    loss, count = to_device(stage.weight, h.device) * loss, to_device(targets.sum(1), h.device)
     # Differs: the published code also divides by |M|, the number of loss positions. So do we: of
     # the whole batch with one phi, of each sample with its own.
     if len(next(iter(phi.values()))[0]) == 1:  # G = 1
@@ -361,13 +353,12 @@ def sgd_step(s, phi, grads, loss):
     norms = [torch.linalg.vector_norm(g, dim=(-2, -1)) for g in grads]
     whole = torch.cat([norm.view(G, -1) for norm in norms], dim=1)  # [G, matrices]
     taken = loss.isfinite() & whole.isfinite().all(1)  # [G]
-    rates = (s.inner_lr * clip_factors(s, whole)).masked_fill(~taken[:, None], 0)
-    rates = rates.split([norm[0].numel() for norm in norms], dim=1)
+    rates = (s.inner_lr * clip_factors(s, whole)).split([n[0].numel() for n in norms], dim=1)
     moved = []
     for w, g, rate, norm in zip(tensors, grads, rates, norms):
-        g = g.masked_fill(~taken.view(G, *[1] * (g.dim() - 1)), 0)
         # Eq. 6:  phi_k = phi_{k-1} - eta clip(grad L_inner^(k))
-        moved.append(torch.addcmul(w, rate.view(*norm.shape, 1, 1), g, value=-1))
+        step = torch.addcmul(w, rate.view(*norm.shape, 1, 1), g, value=-1)
+        moved.append(torch.where(taken.view(G, *[1] * (w.dim() - 1)), step, w))
     size = len(moved) // len(phi)  # two tensors for each matrix, A and B; or one
     pairs = [tuple(moved[i:i + size]) for i in range(0, len(moved), size)]
     return dict(zip(phi, pairs)), taken
@@ -471,7 +462,7 @@ def rows_at(h, where):
 
 def to_positions(values, where):
     """Values [N] back to their N positions in [B, L], zero elsewhere, for sums as in the paper."""
-    out = torch.zeros(where.numel(), dtype=values.dtype, device=values.device)
+    out = values.new_zeros(where.numel())
     return out.index_copy(0, numbers_of(where, values.device), values).view(where.shape)
 
 
@@ -483,7 +474,8 @@ def ce(head, h, target):
 def token_nll(backbone, h, x0, where):
     """-log p(x0_i | x) at the positions `where`, zero elsewhere. h [B, L, D] -> [B, L], in nats."""
     # A logit costs V * D multiplications, so only these positions get one.
-    return to_positions(backbone.per_row(ce, rows_at(h, where), to_device(x0[where], h.device)), where)
+    targets = to_device(x0[where], h.device)
+    return to_positions(backbone.per_row(ce, rows_at(h, where), targets), where)
 
 
 def mdlm_loss(nll, t, maskable):
@@ -601,8 +593,7 @@ def pick_tokens(backbone, h, blind=None, cfg_scale=0.0, temperature=0.0, noise=N
         logits[:, backbone.mask_id] = -math.inf
         best = logits
         if temperature > 0:  # argmax(logits / T + Gumbel noise) is a sample of softmax(logits / T)
-            gumbel = -(-noise.to(h.device).clamp(min=1e-300).log()).log()
-            best = logits + temperature * gumbel
+            best = logits - temperature * (-noise.to(h.device).clamp(min=1e-300).log()).log()
         token = best.argmax(-1)
         # p = 1 / (1 + sum_{v not the token} exp(logit_v - logit_token)). The last step is in
         # float64, since near 1 a difference below 1e-7 decides which token is surer.

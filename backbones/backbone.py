@@ -48,7 +48,8 @@ class Backbone(nn.Module):
     @property
     def core(self):
         """The network inside PEFT's wrapper, if there is one."""
-        return self.network.get_base_model() if hasattr(self.network, "peft_config") else self.network
+        wrapped = hasattr(self.network, "peft_config")
+        return self.network.get_base_model() if wrapped else self.network
 
     @property
     def has_lora(self):

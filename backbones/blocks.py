@@ -6,8 +6,8 @@ A block is one layer. All three do the same two things:
     h = h + feed_forward(norm(h))
 
 Its modules carry the names of the published checkpoint, so a checkpoint loads as it is and PEFT's
-adapters fit by name. The experts of a layer are three stacks of matrices (experts.py), which quantise
-and adapt themselves: bitsandbytes and PEFT silently leave such parameters alone.
+adapters fit by name. The experts of a layer are three stacks of matrices (experts.py). These
+quantise and adapt themselves: bitsandbytes and PEFT silently leave such parameters alone.
 
 block(h, context) takes and returns hidden states [B, L, D]. block.matrices(scope) names the linear
 layers that fast weights may act on: those of the feed-forward, and with "ffn+attn" the attention's.

@@ -295,7 +295,8 @@ def describe(backbone):
         else:
             total += p.numel()
     size = sum(p.numel() * p.element_size() for p in backbone.parameters())
-    return (f"{backbone.title}: {human_count(total)} parameters, {sum(map(layers_of, in_4bit)):,} layers in 4-bit, "
+    quantised = sum(map(layers_of, in_4bit))
+    return (f"{backbone.title}: {human_count(total)} parameters, {quantised:,} layers in 4-bit, "
             f"{adapted:,} with LoRA ({human_count(lora)} parameters), {size / 2**30:.3g} GiB on "
             f"{next(backbone.parameters()).device}")
 

@@ -4,8 +4,8 @@ The router gives each token its k experts and their weights. The tokens are sort
 all experts compute their shares at the same time, and the results go back to their tokens. So the
 number of kernels that a GPU has to start does not grow with the number of experts.
 
-A checkpoint has three matrices for each expert, and so has an adapter that PEFT wrote. Only the door
-knows their names: `Stack.names` of this file, which loading and saving ask.
+A checkpoint has three matrices for each expert, and so has an adapter that PEFT wrote. Their names
+are known at the door only: loading and saving ask `Stack.names`.
 """
 from __future__ import annotations
 

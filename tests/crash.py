@@ -1,13 +1,17 @@
 """End a training run suddenly, again and again, and see whether anything is lost.
 
-    python tests/crash.py --kills 100        prints what was done and found; exit code 1 if anything
-    differs
+    python tests/crash.py --kills 100
 
-Half of the kills come from outside, -9 at a random moment. The others come from a timer in the
-process that is set when a checkpoint begins to be written and goes off within the time that the
-quickest one took: the process ends as suddenly. The killed run is resumed until it ends. Its
-weights, optimiser and metrics must then be those of a run nobody touched, bit for bit; after each
-kill the checkpoint must be readable; and no resume may repeat more than one save interval. """
+prints what was done and found. The exit code is 1 if anything differs.
+
+Half of the kills come from outside: -9 at a random moment. The others come from a timer in the
+process. It is set when the process begins to write a checkpoint, and goes off within the time that
+the quickest one took. This ends the process as suddenly as -9.
+
+The killed run is resumed until it ends. Its weights, optimiser and metrics must then be those of a
+run that nobody touched, bit for bit. After each kill the checkpoint must be readable, and no resume
+may repeat more steps than lie between two saves.
+"""
 import argparse
 import json
 import math
@@ -24,17 +28,16 @@ import runs
 import train  # imported once: every run is a fork of this process
 
 EVERY, SAVING = 4, Path("saving")
-FLAGS = [
-    "--model", "toy", "--data", "languages", "--steps", "60", "--batch", "2", "--width", "16",
-    "--layers", "1", "--heads", "2", "--log-every", "1", "--save-every",
-    str(EVERY), "--sample-every", "0", "--table-samples", "0", "--threads", "1", "--no-control"
-]
+FLAGS = ["--model", "toy", "--data", "languages", "--steps", "60", "--batch", "2", "--width", "16",
+         "--layers", "1", "--heads", "2", "--log-every", "1", "--save-every", str(EVERY),
+         "--sample-every", "0", "--table-samples", "0", "--threads", "1", "--no-control"]
 
 
 def watch_saves(rng):
-    """In this process: a file says when a checkpoint is being written.
+    """From now on a file says when this process is writing a checkpoint.
 
-    With rng one of the next ones is not finished: SIGALRM ends the process, for nothing handles it.
+    With rng, one of the next checkpoints is not finished. Nothing handles SIGALRM, so it ends the
+    process.
     """
     write, left, took = runs.write_whole, [rng.randint(2, 4) if rng else -1], [math.inf]
 
@@ -49,13 +52,14 @@ def watch_saves(rng):
         write(path, how)
         SAVING.unlink()
         took[0] = min(took[0], time.monotonic() - begin)
+
     runs.write_whole = watched
 
 
 def start(*arguments, rng=None):
-    """A training run as a process of its own; its output goes to log.txt.
+    """Start a training run as a process of its own, and return its number.
 
-    Returns its number. rng: it is to die while saving.
+    Its output goes to log.txt. With rng, it dies while it saves.
     """
     if (child := os.fork()) == 0:
         try:
@@ -73,11 +77,8 @@ def start(*arguments, rng=None):
     return child
 
 
-def ended(child, until):
-    """The exit code if the process ends before `until`, else None.
-
-    A process killed has a negative one.
-    """
+def wait_for(child, until):
+    """The exit code if the process ends before `until`, else None. After a kill it is negative."""
     while time.monotonic() < until:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -87,14 +88,14 @@ def ended(child, until):
 
 
 def kill(child, rng):
-    """Wait for a random moment and kill.
+    """Wait for a random moment, kill, and return the exit code.
 
-    Returns the exit code: -9, or that of a run that ended before.
+    It is -9, or that of a run that ended before.
     """
-    if (code := ended(child, time.monotonic() + rng.uniform(0.02, 1.2))) is not None:
+    if (code := wait_for(child, time.monotonic() + rng.uniform(0.02, 1.2))) is not None:
         return code
     os.kill(child, signal.SIGKILL)
-    return ended(child, time.monotonic() + 30)
+    return wait_for(child, time.monotonic() + 30)
 
 
 def metrics(folder):
@@ -105,8 +106,8 @@ def metrics(folder):
 def last_step(folder):
     """The last step that a killed run logged, -1 for none; its last line may be half."""
     path = folder / "metrics.jsonl"
-    whole = [line for line in path.read_text().splitlines(True)
-             if line.endswith("\n")] if path.exists() else []
+    lines = path.read_text().splitlines(True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
     return json.loads(whole[-1])["step"] if whole else -1
 
 
@@ -121,23 +122,31 @@ def saved_step(folder):
         return json.loads(file.metadata()["state"])["step"]
 
 
+def differs(folder):
+    """Whether the run in this folder differs from the one that nobody touched."""
+    one, whole = ((place / "model.safetensors").read_bytes() for place in (folder, Path("whole")))
+    return one != whole or metrics(folder) != metrics(Path("whole"))
+
+
+def start_or_resume(folder, rng=None):
+    if (folder / "settings.json").exists():
+        return start("--resume", str(folder), rng=rng)
+    return start(*FLAGS, "--out", str(folder), rng=rng)
+
+
 def crash(kills, seed=0):
-    """Runs until so many kills have hit. Returns what happened."""
+    """Train and kill until so many kills have hit. Returns what happened."""
     rng, folder = random.Random(seed), Path("killed")
-    report = {
-        "kills": 0, "while_saving": 0, "runs": 0, "most_repeated": 0, "unreadable": 0,
-        "different": 0
-    }
-    assert ended(start(*FLAGS, "--out", "whole"),
-                 time.monotonic() + 300) == 0, Path("log.txt").read_text()
-    want, want_metrics = Path("whole/model.safetensors").read_bytes(), metrics(Path("whole"))
+    report = {"kills": 0, "while_saving": 0, "runs": 0, "most_repeated": 0, "unreadable": 0,
+              "different": 0}
+    code = wait_for(start(*FLAGS, "--out", "whole"), time.monotonic() + 300)
+    assert code == 0, Path("log.txt").read_text()
     while report["kills"] < kills:
-        begun, aimed = (folder / "settings.json").exists(), report["kills"] % 2 == 1
-        arguments = ["--resume", str(folder)] if begun else [*FLAGS, "--out", str(folder)]
-        if aimed:
-            code = ended(start(*arguments, rng=random.Random(rng.random())), time.monotonic() + 300)
+        if report["kills"] % 2 == 1:  # this kill is aimed at a save
+            child = start_or_resume(folder, random.Random(rng.random()))
+            code = wait_for(child, time.monotonic() + 300)
         else:
-            code = kill(start(*arguments), rng)
+            code = kill(start_or_resume(folder), rng)
         if code in (-signal.SIGKILL, -signal.SIGALRM):
             report["kills"] += 1
             report["while_saving"] += SAVING.exists()
@@ -149,20 +158,17 @@ def crash(kills, seed=0):
                 report["unreadable"] += 1
         elif code == 0:
             report["runs"] += 1
-            report["different"] += (folder / "model.safetensors"
-                                    ).read_bytes() != want or metrics(folder) != want_metrics
+            report["different"] += differs(folder)
             for path in sorted(folder.rglob("*"), reverse=True):
                 path.unlink()
             folder.rmdir()
         else:
             raise SystemExit(f"a run ended with {code}:\n{Path('log.txt').read_text()[-2000:]}")
-    while (code := ended(start(*(["--resume", str(folder)] if (folder / "settings.json").exists()
-                                 else [*FLAGS, "--out", str(folder)])),
-                         time.monotonic() + 300)) != 0:
+    code = wait_for(start_or_resume(folder), time.monotonic() + 300)
+    if code != 0:
         raise SystemExit(f"the last run ended with {code}:\n{Path('log.txt').read_text()[-2000:]}")
     report["runs"] += 1
-    report["different"] += (
-        folder / "model.safetensors").read_bytes() != want or metrics(folder) != want_metrics
+    report["different"] += differs(folder)
     return report
 
 

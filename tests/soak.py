@@ -1,11 +1,13 @@
 """Train and adapt in one process for as long as you like, and watch its memory.
 
-    python tests/soak.py --minutes 60      prints a line per round and a summary; exit code 1 if
-    memory grows or a weight changes
+    python tests/soak.py --minutes 60
 
-A round trains the default toy and its control for some steps, with checkpoints and pictures, then
-adapts to a thousand prompts and decodes after them. Rounds are alike: what the last third of them
-holds more than the first has leaked. """
+prints a line per round and a summary. The exit code is 1 if memory grows or a weight changes.
+
+A round trains the default toy and its control for some steps, with checkpoints and pictures. Then
+it adapts to a thousand prompts and decodes after them. All rounds do the same. So if the last third
+of them holds more memory than the first, something has leaked.
+"""
 import argparse
 import contextlib
 import io
@@ -36,12 +38,10 @@ def resident():
 
 
 def one_round(folder, number):
-    sys.argv = [
-        "train.py", "--model", "toy", "--steps",
-        str(STEPS), "--save-every", "20", "--threads", "1", "--table-samples", "8", "--seed",
-        str(number), "--out",
-        str(folder)
-    ]
+    """Train, adapt and decode once. Returns whether adapting left every weight as it was."""
+    sys.argv = ["train.py", "--model", "toy", "--steps", str(STEPS), "--save-every", "20",
+                "--threads", "1", "--table-samples", "8", "--seed", str(number),
+                "--out", str(folder)]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train.main()
     s = read_settings(folder)
@@ -79,11 +79,9 @@ def soak(minutes):
             levels.append(resident())
             print(f"round {len(levels)}: {levels[-1]:.0f} MB", flush=True)
     early, late, grows = growth(levels)
-    return {
-        "minutes": minutes, "rounds": len(levels), "steps": 2 * STEPS * len(levels),
-        "prompts": PROMPTS * len(levels), "weights_unchanged_by_adapting": sound,
-        "early_mb": round(early), "late_mb": round(late), "grows": grows
-    }
+    return {"minutes": minutes, "rounds": len(levels), "steps": 2 * STEPS * len(levels),
+            "prompts": PROMPTS * len(levels), "weights_unchanged_by_adapting": sound,
+            "early_mb": round(early), "late_mb": round(late), "grows": grows}
 
 
 if __name__ == "__main__":

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import memdlm
+import train
 from backbones.checkpoint import choose_dtype, describe, hub_weights, load_backbone
 from backbones.experts import Stack
 from backbones.families import FAMILIES, PUBLISHED, TINY, read_config, translate
 from backbones.lora import add_lora
 from data import read_data
 from files import model_folder
-import memdlm
-import train
 from settings import Settings
-from tiny_models import edit_json, NAMES, dequantised, random_batch, tiny_backbone
+from tiny_models import NAMES, dequantised, edit_json, random_batch, tiny_backbone
 
 
 # ---- Loading ------------------------------------------------------------------------------------
@@ -39,7 +39,8 @@ def test_a_checkpoint_loads_as_it_is_and_says_what_it_loaded(folder):
     assert "0 layers in 4-bit" in text and f"{size / 1e6:.3g} million" in text
 
 
-def broken(folder, tmp_path, change):
+def change_copy(folder, tmp_path, change):
+    """Copy a model's folder, change something in the copy, and return its path."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     change(copy)
@@ -55,60 +56,63 @@ def edit_weights(change):
     return edit_one
 
 
-def drop_from_index(copy):
+def cut_one_weight(weights):
+    key = next(key for key in weights if "q_proj" in key)
+    weights[key] = weights[key][:1]
+
+
+def edit_index(copy, change):
     path = copy / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    index["weight_map"].pop("lm_head.weight")
+    change(index["weight_map"])
     path.write_text(json.dumps(index))
+
+
+def drop_from_index(copy):
+    edit_index(copy, lambda files: files.pop("lm_head.weight"))
 
 
 def point_outside(copy):
-    path = copy / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"]["lm_head.weight"] = "../../secret.safetensors"
-    path.write_text(json.dumps(index))
+    edit_index(copy, lambda files: files.update({"lm_head.weight": "../../secret.safetensors"}))
 
 
 def extra_in_index(copy):
-    path = copy / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"]["model.layers.0.mlp.expert_bias"] = "model-00001-of-00002.safetensors"
-    path.write_text(json.dumps(index))
+    extra = {"model.layers.0.mlp.expert_bias": "model-00001-of-00002.safetensors"}
+    edit_index(copy, lambda files: files.update(extra))
 
 
-@pytest.mark.parametrize(
-    "change, says",
-    [(edit_json("config.json", model_type="llama"), "supported are LLaDA"),
-     (edit_json("config.json", model_type="llada2_moe"), "use_bias is None"),
-     (edit_json("config.json", num_experts=None), "supported are LLaDA"),
-     (edit_json("config.json", rope_theta=None), "rope_theta is None"),
-     (edit_json("config.json", num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
-     (edit_json("config.json", hidden_size="big"), "hidden_size is 'big'"),
-     (edit_json("config.json", num_experts_per_tok=9), "do not fit together"),
-     (edit_json("config.json", qk_layernorm=False), "a variant that this code does not compute"),
-     (edit_json("config.json", moe_layer_freq=[1, 0, 1, 1]), "moe_layer_freq"),
-     (edit_json("config.json", norm_topk_prob=True), "norm_topk_prob is True"),
-     (edit_json("config.json", num_hidden_layers=5), "has no model.layers.4"),
-     (edit_json("config.json", num_hidden_layers=3), "have no place in the model"),
-     (edit_json("config.json", mask_token_id=5000), "outside the vocabulary"),
-     (edit_json("config.json", eos_token_id=257, mask_token_id=257), "same id"),
-     (edit_json("config.json", moe_layer_freq=0), "moe_layer_freq"),
-     (lambda copy: (copy / "config.json").write_text("{"), "is not JSON"),
-     (lambda copy: (copy / "config.json").unlink(), "config.json is missing"),
-     (lambda copy: (copy / "model-00002-of-00002.safetensors").unlink(),
-      "model-00002-of-00002.safetensors is missing"),
-     (lambda copy: (copy / "model-00002-of-00002.safetensors").write_bytes(b"x" * 100),
-      "is not a safetensors file"),
-     (lambda copy: (copy / "tokenizer.json").write_text("{}"), "tokenizer cannot be read"),
-     (drop_from_index, "has no lm_head.weight"),
-     (point_outside, "not a safetensors file beside it"), (extra_in_index, "have no place"),
-     (edit_weights(lambda w: w.update({k: w[k][:1]
-                                       for k in [next(k for k in w if "q_proj" in k)]})),
-      "should be [64, 64], is [1, 64]"),
-     (edit_weights(lambda w: w.pop("lm_head.weight")), "though the index says so"), ])
+@pytest.mark.parametrize("change, says", [
+    (edit_json("config.json", model_type="llama"), "supported are LLaDA"),
+    (edit_json("config.json", model_type="llada2_moe"), "use_bias is None"),
+    (edit_json("config.json", num_experts=None), "supported are LLaDA"),
+    (edit_json("config.json", rope_theta=None), "rope_theta is None"),
+    (edit_json("config.json", num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
+    (edit_json("config.json", hidden_size="big"), "hidden_size is 'big'"),
+    (edit_json("config.json", num_experts_per_tok=9), "do not fit together"),
+    (edit_json("config.json", qk_layernorm=False), "a variant that this code does not compute"),
+    (edit_json("config.json", moe_layer_freq=[1, 0, 1, 1]), "moe_layer_freq"),
+    (edit_json("config.json", norm_topk_prob=True), "norm_topk_prob is True"),
+    (edit_json("config.json", num_hidden_layers=5), "has no model.layers.4"),
+    (edit_json("config.json", num_hidden_layers=3), "have no place in the model"),
+    (edit_json("config.json", mask_token_id=5000), "outside the vocabulary"),
+    (edit_json("config.json", eos_token_id=257, mask_token_id=257), "same id"),
+    (edit_json("config.json", moe_layer_freq=0), "moe_layer_freq"),
+    (lambda copy: (copy / "config.json").write_text("{"), "is not JSON"),
+    (lambda copy: (copy / "config.json").unlink(), "config.json is missing"),
+    (lambda copy: (copy / "model-00002-of-00002.safetensors").unlink(),
+     "model-00002-of-00002.safetensors is missing"),
+    (lambda copy: (copy / "model-00002-of-00002.safetensors").write_bytes(b"x" * 100),
+     "is not a safetensors file"),
+    (lambda copy: (copy / "tokenizer.json").write_text("{}"), "tokenizer cannot be read"),
+    (drop_from_index, "has no lm_head.weight"),
+    (point_outside, "not a safetensors file beside it"),
+    (extra_in_index, "have no place"),
+    (edit_weights(cut_one_weight), "should be [64, 64], is [1, 64]"),
+    (edit_weights(lambda w: w.pop("lm_head.weight")), "though the index says so"),
+])
 def test_what_does_not_fit_is_refused_in_one_line(tiny_models, tmp_path, change, says):
     with pytest.raises(ValueError, match=says.replace("[", r"\[")) as error:
-        load_backbone(broken(tiny_models / "llada-moe", tmp_path, change))
+        load_backbone(change_copy(tiny_models / "llada-moe", tmp_path, change))
     assert "\n" not in str(error.value)
 
 
@@ -179,7 +183,7 @@ INDEX, SHARD = "model.safetensors.index.json", "model-00001-of-00002.safetensors
         ".qweight", ".scales", ".weight.absmax", ".weight_scale_inv", ".weight_packed",
         ".weight.quant_state.bitsandbytes__nf4", ".SCB"))])
 def test_a_strangers_folder_is_refused_within_seconds(tiny_models, tmp_path, change, says):
-    folder = broken(tiny_models / "llada-moe", tmp_path, change)
+    folder = change_copy(tiny_models / "llada-moe", tmp_path, change)
     begin = time.perf_counter()
     with pytest.raises(ValueError, match=re.escape(says)) as error:
         load_backbone(folder)
@@ -196,7 +200,7 @@ def test_mask_and_end_are_never_guessed(folder, tmp_path, missing, says):
     """Not from the family, and the end not from the padding; the tokenizer's are taken."""
     def change(copy):
         edit_json("config.json", **{missing: None})(copy)
-    backbone = load_backbone(broken(folder, tmp_path, change))
+    backbone = load_backbone(change_copy(folder, tmp_path, change))
     assert (backbone.mask_id, backbone.config.eos_ids) == (257, (256,))
     no_tokenizer(tmp_path / "copy")
     with pytest.raises(ValueError, match=f"names the {says} token; .* as {missing}"):
@@ -211,7 +215,7 @@ def test_ends_are_those_of_both_files_and_of_the_tokenizer(tiny_models, tmp_path
     def change(copy):
         edit_json("config.json", eos_token_id=config)(copy)
         write("generation_config.json", json.dumps({"eos_token_id": generation}))(copy)
-    config = load_backbone(broken(tiny_models / "llada-moe", tmp_path, change)).config
+    config = load_backbone(change_copy(tiny_models / "llada-moe", tmp_path, change)).config
     assert config.eos_ids == ends and config.eos_id == ends[0]
 
 
@@ -221,23 +225,20 @@ def test_ends_are_those_of_both_files_and_of_the_tokenizer(tiny_models, tmp_path
     ('{"eos_token_id": 257}', "mask and end token have the same id, 257")])
 def test_ends_of_a_generation_that_fit_nothing_are_refused(tiny_models, tmp_path, text, says):
     with pytest.raises(ValueError, match=says):
-        load_backbone(broken(tiny_models / "llada-moe", tmp_path,
-                             write("generation_config.json", text)))
+        load_backbone(change_copy(tiny_models / "llada-moe", tmp_path,
+                                  write("generation_config.json", text)))
 
 
 def test_fields_in_other_forms():
     moe, dense, two = (PUBLISHED[name] for name in ("llada-moe", "llada-8b", "llada2.1-mini"))
     plain = translate(moe)
-    moved = {k: v
-             for k, v in moe.items()
-             if k != "rope_theta"
-             } | {"rope_parameters": {"rope_theta": 50000, "rope_type": "default"}}
+    moved = {field: value for field, value in moe.items() if field != "rope_theta"}
+    moved["rope_parameters"] = {"rope_theta": 50000, "rope_type": "default"}
     assert translate(moved) == plain == translate(moe | {"moe_layer_freq": 1})
     assert translate(moe | {"eos_token_id": [7, 8]}).eos_id == 7
     assert translate(two).rotary_dim == 64
-    assert translate({k: v
-                      for k, v in two.items()
-                      if k != "partial_rotary_factor"} | {"rotary_dim": 64}).rotary_dim == 64
+    whole = {field: value for field, value in two.items() if field != "partial_rotary_factor"}
+    assert translate(whole | {"rotary_dim": 64}).rotary_dim == 64
     for key in ("scale_logits", "input_emb_norm"):
         with pytest.raises(ValueError, match=key):
             translate(dense | {key: True})
@@ -249,7 +250,7 @@ def test_nothing_of_a_repository_is_run(tiny_models, tmp_path):
         edit_json("config.json",
              auto_map={"AutoModel": "modeling_llada.LLaDA", "AutoConfig": "modeling_llada.C"})(copy)
         (copy / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch /tmp/ran'\ntR.")
-    assert load_backbone(broken(tiny_models / "llada-moe", tmp_path, bait)).vocab_size == 320
+    assert load_backbone(change_copy(tiny_models / "llada-moe", tmp_path, bait)).vocab_size == 320
 
 
 def test_the_hub_out_of_reach_is_one_quick_line(monkeypatch):
@@ -288,17 +289,18 @@ def test_4bit_quantises_every_layer_of_the_blocks_and_nothing_else(name, quantis
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_4bit_gradients_are_those_of_the_dequantised_weights(name, training, dtype):
-    """phi's and the LoRA's, in train and in eval mode, where bitsandbytes has a path without
-    gradients on some CPUs."""
+    """The gradients are those of phi and of the LoRA.
+
+    Both modes are tried: in eval mode bitsandbytes has a path without gradients on some CPUs.
+    """
     raw = TINY[name] | {"mask_token_id": 301, "eos_token_id": 300}
     s, batch, results = Settings(rank=4, alpha=8.0, layer_fraction=0.5), random_batch([14, 8]), []
     quant = load_backbone(raw, load_4bit=True, random=True, dtype=dtype, device="cpu")
     plain = load_backbone(raw, random=True, dtype=dtype, device="cpu")
     for n, w in dequantised(quant).items():
         plain.network.get_submodule(n).weight.data = w.to(getattr(torch, dtype))
-    assert {p.dtype
-            for n, p in quant.named_parameters()
-            if p.dtype != torch.uint8} == {getattr(torch, dtype)}
+    kinds = {p.dtype for p in quant.parameters()}
+    assert kinds - {torch.uint8} == {getattr(torch, dtype)}
     for backbone in (quant, plain):
         add_lora(backbone, 4, 8.0, 0.0, seed=1)
         backbone.train(training)
@@ -310,13 +312,14 @@ def test_4bit_gradients_are_those_of_the_dequantised_weights(name, training, dty
             loss = memdlm.token_nll(backbone, h, batch.x0, batch.maskable).mean()
         loras = [p for n, p in backbone.named_parameters() if "lora_B" in n]
         grads = torch.autograd.grad(loss, leaves + loras, allow_unused=True)
-        results.append(
-            torch.cat([torch.zeros(1) if g is None else g.float().flatten() for g in grads]))
+        grads = [torch.zeros(1) if g is None else g.float().flatten() for g in grads]
+        results.append(torch.cat(grads))
     ours, expected = results
     assert expected.norm() > 0
-    # In bfloat16 single roundings differ, and a router may choose another expert for a token on the
-    # edge.
-    assert (ours - expected).norm() < {"float32": 1e-4, "bfloat16": 0.05}[dtype] * expected.norm()
+    # In bfloat16 single roundings differ. For a token on the edge, a router may then choose
+    # another expert.
+    tolerance = {"float32": 1e-4, "bfloat16": 0.05}[dtype]
+    assert (ours - expected).norm() < tolerance * expected.norm()
 
 
 def test_4bit_without_bitsandbytes_is_an_error(monkeypatch):
@@ -333,7 +336,8 @@ def test_4bit_without_bitsandbytes_is_an_error(monkeypatch):
 @pytest.mark.parametrize("asked, stored, on_a_cpu, on_a_gpu", [
     ("auto", {"dtype": "bfloat16"}, "bfloat16", "bfloat16"),
     ("auto", {"torch_dtype": "bfloat16"}, "bfloat16", "bfloat16"),
-    ("auto", {"dtype": "float32"}, "float32", "bfloat16"), ("auto", {}, "float32", "bfloat16"),
+    ("auto", {"dtype": "float32"}, "float32", "bfloat16"),
+    ("auto", {}, "float32", "bfloat16"),
     ("float32", {"dtype": "bfloat16"}, "float32", "float32"),
     ("bfloat16", {"dtype": "float32"}, "bfloat16", "bfloat16")])
 def test_auto_is_the_files_precision_on_a_cpu(asked, stored, on_a_cpu, on_a_gpu):

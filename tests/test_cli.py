@@ -1,8 +1,10 @@
 """The scripts as a user meets them: run folders, resuming, answers, tables, one-line errors."""
+import errno
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,44 +12,44 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+import console
+import evaluate
+import generate
+import memdlm
+import train
 from backbones.checkpoint import load_backbone
 from backbones.lora import add_lora, save_adapter
 from backbones.tiny import write_tiny
 from compare import measure_run
 from runs import open_run, read_checkpoint
 from settings import Settings
-import torch
-from safetensors.torch import load_file
-
-import console
-import evaluate
-import memdlm
-import generate
-import train
 from toy.tokenizer import Bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = [
-    "--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2", "--log-every",
-    "1", "--save-every", "3", "--sample-every", "3", "--table-samples", "3", "--threads", "1"
-]
+TINY = ["--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2",
+        "--log-every", "1", "--save-every", "3", "--sample-every", "3", "--table-samples", "3",
+        "--threads", "1"]
 
-REAL_TINY = [
-    "--sample-every", "0", "--eval-every", "0", "--accumulate", "1", "--steps", "2",
-    "--table-samples", "0"
-]
+# Flags that follow those of TINY when the model is a real one.
+REAL_TINY = ["--sample-every", "0", "--eval-every", "0", "--accumulate", "1", "--steps", "2",
+             "--table-samples", "0"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with a tiny closed-book run and its control, and one on bytes, made once for the
-    tests that only read."""
+def two_runs(tmp_path_factory):
+    """A folder with two tiny runs, made once. Tests may read it and must not change it.
+
+    runs/words is closed-book and has a control. runs/bytes reads Python code as bytes.
+    """
     folder = tmp_path_factory.mktemp("trained")
-    for arguments in (["--out", "runs/words"], [
-            "--out", "runs/bytes", "--data", "python", "--prompt-length", "24", "--response-length",
-            "8"
-    ]):
-        subprocess.run([sys.executable, ROOT / "train.py", *TINY, *arguments], cwd=folder,
+    words = ["--out", "runs/words"]
+    code = ["--out", "runs/bytes", "--data", "python",
+            "--prompt-length", "24", "--response-length", "8"]
+    for flags in (words, code):
+        subprocess.run([sys.executable, ROOT / "train.py", *TINY, *flags], cwd=folder,
                        check=True, capture_output=True)
     return folder
 
@@ -59,7 +61,7 @@ def metrics(folder):
 
 
 def refused(result):
-    """Exit code 2 and one line; returns the line."""
+    """Check that a script ended with exit code 2 and one line. Returns the line."""
     code, _, err = result
     lines = [line for line in err.splitlines() if line.strip()]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (code, err)
@@ -72,18 +74,16 @@ def test_a_run_leaves_its_folder_and_prints_the_panel(cli, tmp_path):
     code, out, _ = cli(train, "--model", "toy", *TINY)
     folder = tmp_path / "runs" / "dictionary"
     assert code == 0
-    assert {p.name
-            for p in folder.iterdir()} == {
-                "settings.json", "origin.json", "model.safetensors", "metrics.jsonl", "loss.png",
-                "panel.png", "control"
-            }
+    assert {path.name for path in folder.iterdir()} == {
+        "settings.json", "origin.json", "model.safetensors", "metrics.jsonl", "loss.png",
+        "panel.png", "control"}
     assert [line["step"] for line in metrics(folder)] == list(range(6))
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["trajectory"] == "cover:4" and settings["steps"] == 6
     assert settings["closed_book"]
     control = json.loads((folder / "control" / "settings.json").read_text())
-    assert not control["memory"] and not control["closed_book"] and control["seed"] == settings[
-        "seed"]
+    assert not control["memory"] and not control["closed_book"]
+    assert control["seed"] == settings["seed"]
     for text in ("nothing (theta alone)", "its prompt, cover:4", "another prompt, cover:4",
                  "paper's masks", "MDLM, sees the prompt", "sample at step 3",
                  "python generate.py --adapt"):
@@ -92,8 +92,10 @@ def test_a_run_leaves_its_folder_and_prints_the_panel(cli, tmp_path):
 
 @pytest.mark.parametrize("data", ["languages", "dictionary"])
 def test_the_baseline_sees_the_same_data_and_masks(cli, tmp_path, data):
-    """At step 0 the weights are the same too, so the loss without memory is the baseline's to
-    the last bit."""
+    """At step 0 the weights are the same too.
+
+    So the loss without memory equals the baseline's to the last bit.
+    """
     flags = ["--data", data, "--no-control", "--no-closed-book", *TINY, "--table-samples", "0"]
     cli(train, *flags, "--out", "a")
     cli(train, *flags, "--no-memory", "--out", "b")
@@ -103,12 +105,9 @@ def test_the_baseline_sees_the_same_data_and_masks(cli, tmp_path, data):
 @pytest.mark.parametrize("data", ["dictionary", "languages", "retrieval", "python", "pydoc"])
 @pytest.mark.parametrize("memory", ["--memory", "--no-memory"])
 def test_every_kind_of_data_trains_with_and_without_memory(cli, tmp_path, data, memory):
-    flags = [
-        "--data", data, memory, "--no-control", "--steps", "2", "--prompt-length", "32",
-        "--response-length", "8"
-    ]
-    settings = [x for x in TINY if x not in ("--steps", "6")]
-    assert cli(train, *settings, *flags, "--table-samples", "0", "--out", "r")[0] == 0
+    flags = ["--data", data, memory, "--no-control", "--steps", "2",
+             "--prompt-length", "32", "--response-length", "8"]
+    assert cli(train, *TINY, *flags, "--table-samples", "0", "--out", "r")[0] == 0
     lines = metrics(tmp_path / "r")
     assert len(lines) == 2 and all(torch.tensor(line["loss"]).isfinite() for line in lines)
 
@@ -121,8 +120,10 @@ def test_same_seed_same_weights_other_seed_others(cli, tmp_path):
 
 
 class StopAfter:
-    """Stands in for Ctrl-C after a number of steps (each step reads it twice, the saving step
-    once more)."""
+    """Takes the place of train.Stop, and stands for a Ctrl-C after a number of metrics lines.
+
+    The loop may read `signal` more than once in a step, so it counts lines instead of reads.
+    """
 
     def __init__(self, folder, step):
         self.folder, self.step = folder, step
@@ -142,107 +143,112 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch, s
         patch.setattr(train, "Stop", lambda: StopAfter(tmp_path / "parts", stop_after))
         code, out, _ = cli(train, *flags, "--out", "parts")
     assert code == 130 and f"stopped after step {stop_after}" in out and "--resume parts" in out
-    # As a kill after the checkpoint would leave it.
+    # A kill after the checkpoint would leave such lines.
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": stop_after, "loss": 0}) + '\n{"step": 99, "lo')
     assert cli(train, "--resume", "parts")[0] == 0
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
-    assert (tmp_path /
-            "whole/model.safetensors").read_bytes() == (tmp_path /
-                                                        "parts/model.safetensors").read_bytes()
+    whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(cli, tmp_path, monkeypatch):
     import safetensors.torch
-    real, saved = safetensors.torch.save_file, []
+    save_file, saved_steps = safetensors.torch.save_file, []
 
-    def full(tensors, path, metadata):
-        if saved:
+    def save_once(tensors, path, metadata):
+        if saved_steps:
             Path(path).write_bytes(b"half a file")
-            raise OSError(28, "No space left on device")
-        saved.append(str(json.loads(metadata["state"])["step"]))
-        real(tensors, path, metadata)
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved_steps.append(str(json.loads(metadata["state"])["step"]))
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_once)
     code, _, err = cli(train, *TINY, "--no-control", "--out", "r")
     assert code == 2 and "No space left on device" in err and "Traceback" not in err
-    assert saved == ["3"] and not list((tmp_path / "r").glob("*.tmp"))
+    assert saved_steps == ["3"] and not list((tmp_path / "r").glob("*.tmp"))
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    assert cli(train, "--resume",
-               "r")[0] == 0 and [line["step"] for line in metrics(tmp_path / "r")] == list(range(6))
+    assert cli(train, "--resume", "r")[0] == 0
+    assert [line["step"] for line in metrics(tmp_path / "r")] == list(range(6))
 
 
 def test_a_second_run_does_not_overwrite_the_first(cli, tmp_path):
     for _ in range(2):
         cli(train, *TINY, "--data", "languages", "--no-memory")
-    assert {p.name
-            for p in (tmp_path / "runs").iterdir()} == {
-                "languages-baseline", "languages-baseline-2"
-            }
+    names = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert names == {"languages-baseline", "languages-baseline-2"}
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     s = Settings(steps=100, lr=1.0)
     rates = [train.learning_rate(s, step) for step in range(100)]
-    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[55] == pytest.approx(
-        0.5) and rates[-1] < 1e-3
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0  # ten steps of warm-up
+    assert rates[55] == pytest.approx(0.5) and rates[-1] < 1e-3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(cli):
-    code, _, err = cli(train, *TINY, "--no-control", "--lr", "1e30", "--no-memory", "--grad-clip",
-                       "1e30")
+    code, _, err = cli(train, *TINY, "--no-control", "--no-memory",
+                       "--lr", "1e30", "--grad-clip", "1e30")
     assert code == 2 and re.search(r"error: step \d: .*not finite", err) and "Traceback" not in err
 
 
 # ---- generating ----------------------------------------------------------------------------------
 
-def test_generate_answers_the_built_in_example_with_and_without_memory(cli, trained):
-    code, out, _ = cli(generate, "--run", trained / "runs/words", "--adapt")
+def test_generate_answers_the_built_in_example_with_and_without_memory(cli, two_runs):
+    code, out, _ = cli(generate, "--run", two_runs / "runs/words", "--adapt")
     assert code == 0
     for text in ("prompt (the decoder does not see it): ", "question: ", "without memory: ",
                  "with memory of the prompt: ", "inner loss", "The right answer: "):
         assert text in out
-    assert cli(generate, "--run", trained / "runs/words", "--adapt")[1] == out  # seeded
+    again = cli(generate, "--run", two_runs / "runs/words", "--adapt")[1]
+    assert again == out  # the seed decides
 
 
-def test_generate_takes_a_prompt_a_file_and_a_conversation(cli, trained, tmp_path):
-    words, text = trained / "runs/words", trained / "runs/bytes"
-    assert "ruby" in cli(generate, "--run", words, "--prompt", "fox ruby owl jade", "--question",
-                         "owl ? fox ?")[1]
+def test_generate_takes_a_prompt_a_file_and_a_conversation(cli, two_runs, tmp_path):
+    words = ["--run", two_runs / "runs/words"]
+    asked = ["--prompt", "fox ruby owl jade", "--question", "owl ? fox ?"]
+    assert "ruby" in cli(generate, *words, *asked)[1]
+
     (tmp_path / "in.txt").write_text("def f(x):")
-    code, out, _ = cli(generate, "--run", text, "--file", "in.txt", "--adapt", "--length", "5",
-                       "--block-length", "2", "--temperature", "0.7", "--cfg-scale", "1",
-                       "--remasking", "random", "--show")
+    code, out, _ = cli(generate, "--run", two_runs / "runs/bytes", "--file", "in.txt", "--adapt",
+                       "--length", "5", "--block-length", "2", "--temperature", "0.7",
+                       "--cfg-scale", "1", "--remasking", "random", "--show")
     assert code == 0 and "without memory:\n    0  def f(x):?????" in out
-    code, out, _ = cli(generate, "--run", words, "--chat", "--adapt",
-                       stdin="owl ?\nfox ruby owl jade\nowl ?\nzzz ?\nquit\n")
-    assert code == 0 and "first a prompt" in out and "with memory" in out and "zzz" in out.split(
-        "error:")[1]
+
+    talk = "owl ?\nfox ruby owl jade\nowl ?\nzzz ?\nquit\n"
+    code, out, _ = cli(generate, *words, "--chat", "--adapt", stdin=talk)
+    assert code == 0 and "first a prompt" in out and "with memory" in out
+    assert "zzz" in out.split("error:")[1]
 
 
-def test_the_page_is_self_contained_and_escapes_every_token(cli, trained, tmp_path):
+def test_the_page_is_self_contained_and_escapes_every_token(cli, two_runs, tmp_path):
     evil = "</script><b>&"
-    assert cli(generate, "--run", trained / "runs/bytes", "--adapt", "--prompt", evil, "--html",
-               "o.html")[0] == 0
+    flags = ["--run", two_runs / "runs/bytes", "--adapt", "--prompt", evil, "--html", "o.html"]
+    assert cli(generate, *flags)[0] == 0
     page = (tmp_path / "o.html").read_text()
-    assert "&lt;/script&gt;&lt;b&gt;&amp;" in page and page.count(
-        "</script>") == 1 and "<b>" not in page
+    assert "&lt;/script&gt;&lt;b&gt;&amp;" in page and "<b>" not in page
+    assert page.count("</script>") == 1
     assert not re.search(r"https?://|src=|@import", page)
     panels = json.loads(re.search(r"const panels = (.*);", page)[1])
     assert [p["label"] for p in panels] == ["without memory", "with memory of the prompt"]
     for p in panels:
-        assert len(p["frames"]) == 9  # 8 bytes, one per step, and the start
+        assert len(p["frames"]) == 9  # the start, and 8 steps of one byte
         assert [state for _, state in p["frames"][0]].count("masked") == 8
         assert all([state for _, state in f].count("new") == 1 for f in p["frames"][1:])
         assert not any(state == "masked" for _, state in p["frames"][-1])
 
 
-def test_settings_of_the_inner_loop_can_be_changed_at_generation(cli, trained):
-    base = cli(generate, "--run", trained / "runs/words", "--adapt")[1]
-    changed = cli(generate, "--run", trained / "runs/words", "--adapt", "--trajectory",
-                  "consistent", "--inner-steps", "3")[1]
-    count = lambda out: out.split("inner loss ")[1].split("]")[0].count(">") + 1
-    assert count(base) == 4 and count(changed) == 3
+def test_settings_of_the_inner_loop_can_be_changed_at_generation(cli, two_runs):
+    flags = ["--run", two_runs / "runs/words", "--adapt"]
+    base = cli(generate, *flags)[1]
+    other = cli(generate, *flags, "--trajectory", "consistent", "--inner-steps", "3")[1]
+
+    def count_stages(out):
+        """How many losses are printed: `inner loss 3.1 > 2.9 > 2.8]` has three."""
+        return out.split("inner loss ")[1].split("]")[0].count(">") + 1
+
+    assert count_stages(base) == 4 and count_stages(other) == 3
 
 
 # ---- comparing -----------------------------------------------------------------------------------
@@ -262,37 +268,38 @@ def test_evaluate_groups_seeds_and_writes_numbers(cli, tmp_path):
     assert row["standard_error"] == pytest.approx(spread)
 
 
-def test_evaluate_measures_what_a_loop_over_samples_measures(trained, monkeypatch):
-    """nats: one sample at a time, masks drawn again, theta alone."""
-    monkeypatch.chdir(trained)
+def test_evaluate_measures_what_a_loop_over_samples_measures(two_runs, monkeypatch):
+    """Theta's own loss in nats, with each sample computed alone and its masks drawn again."""
+    monkeypatch.chdir(two_runs)
     s, data, model = open_run("runs/bytes")
+    backbone = model.backbone
     _, _, values, _ = measure_run(Path("runs/bytes"), 3, None)
     batch = data.tests("24", range(3), False)
     for i in range(3):
-        x, maskable = batch.x0[i], batch.maskable[i]
+        x = batch.x0[i]
+        maskable = [j for j in range(len(x)) if batch.maskable[i, j]]
         t = memdlm.uniform([batch.seeds[i]], "t", 1)[0, 0]
         u = memdlm.uniform([batch.seeds[i]], "anchor", len(x))[0]
-        hidden = [j for j in range(len(x)) if maskable[j] and u[j] < t]
-        hidden = hidden or [min((j for j in range(len(x)) if maskable[j]), key=lambda j: u[j])]
+        # If no token would be masked, the one with the smallest number is.
+        hidden = [j for j in maskable if u[j] < t] or [min(maskable, key=lambda j: u[j])]
         seen = x.clone()
-        seen[hidden] = model.backbone.mask_id
-        h = model.backbone.blocks(model.backbone.embed(seen[None]), batch.valid[i:i + 1], 0, None)
-        nll = -model.backbone.head(h)[0].log_softmax(-1)[hidden, x[hidden]].mean()
-        assert values["nothing (theta alone)", "24"][i].item() == pytest.approx(
-            nll.item(), rel=1e-4)
+        seen[hidden] = backbone.mask_id
+        h = backbone.blocks(backbone.embed(seen[None]), batch.valid[i:i + 1], 0, None)
+        nll = -backbone.head(h)[0].log_softmax(-1)[hidden, x[hidden]].mean()
+        measured = values["nothing (theta alone)", "24"][i].item()
+        assert measured == pytest.approx(nll.item(), rel=1e-4)
 
 
-def test_exposure_prints_both_losses_beside_the_ratio(cli, trained, tmp_path):
-    code, out, _ = cli(evaluate, trained / "runs/bytes", "--exposure", "--samples", "3")
+def test_exposure_prints_both_losses_beside_the_ratio(cli, two_runs, tmp_path):
+    code, out, _ = cli(evaluate, two_runs / "runs/bytes", "--exposure", "--samples", "3")
     assert code == 0 and (tmp_path / "exposure.png").exists()
-    rows = {
-        line.split()[0]: [float(x)
-                          for x in line.split()[1:]]
-        for line in out.splitlines()
-        if line.startswith("  s")
-    }
-    for a, b, c in zip(rows["sequential"], rows["static"], rows["sequential/static"]):
-        assert c == pytest.approx(a / b, abs=2e-3)
+    rows = {}
+    for line in out.splitlines():
+        if line.startswith("  s"):
+            label, *numbers = line.split()
+            rows[label] = [float(number) for number in numbers]
+    for a, b, ratio in zip(rows["sequential"], rows["static"], rows["sequential/static"]):
+        assert ratio == pytest.approx(a / b, abs=2e-3)
 
 
 # ---- bad input: one line, exit code 2 ------------------------------------------------------------
@@ -336,48 +343,49 @@ def test_bad_lines_of_a_data_file_are_named_or_skipped(cli, tmp_path):
     (["--length", "-1"], "--length is -1"),
     (["--trajectory", "zigzag"], "zigzag"),
 ])
-def test_generate_refuses(cli, trained, flags, says):
-    flags = flags if "--run" in flags else ["--run", trained / "runs/words", *flags]
+def test_generate_refuses(cli, two_runs, flags, says):
+    flags = flags if "--run" in flags else ["--run", two_runs / "runs/words", *flags]
     assert says in refused(cli(generate, *flags))
 
 
-def test_a_checkpoint_of_another_model_is_refused(cli, trained, tmp_path):
-    import shutil
-    shutil.copytree(trained / "runs/words", tmp_path / "r")
-    settings = json.loads((tmp_path / "r/settings.json").read_text())
-    (tmp_path / "r/settings.json").write_text(json.dumps({**settings, "width": 32}))
+def test_a_checkpoint_of_another_model_is_refused(cli, two_runs, tmp_path):
+    shutil.copytree(two_runs / "runs/words", tmp_path / "r")
+    path, weights = tmp_path / "r/settings.json", tmp_path / "r/model.safetensors"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "width": 32}))
     assert "belongs to another model" in refused(cli(generate, "--run", "r"))
-    (tmp_path / "r/settings.json").write_text(json.dumps({**settings, "wdith": 32}))
+    path.write_text(json.dumps({**settings, "wdith": 32}))
     assert "wdith" in refused(cli(generate, "--run", "r"))
-    (tmp_path / "r/settings.json").write_text(json.dumps(settings))
-    (tmp_path / "r/model.safetensors").write_bytes(b"\x80\x04K\x01.")  # a pickle
+    path.write_text(json.dumps(settings))
+    weights.write_bytes(b"\x80\x04K\x01.")  # a pickle
     assert "not a checkpoint" in refused(cli(generate, "--run", "r"))
-    (tmp_path / "r/model.safetensors").unlink()
+    weights.unlink()
     assert "saved nothing yet" in refused(cli(generate, "--run", "r"))
 
 
-def test_resuming_with_other_settings_names_the_one_that_differs(cli, trained):
-    line = refused(cli(train, "--resume", trained / "runs/words", "--inner-lr", "0.7"))
+def test_resuming_with_other_settings_names_the_one_that_differs(cli, two_runs):
+    line = refused(cli(train, "--resume", two_runs / "runs/words", "--inner-lr", "0.7"))
     assert "inner_lr 0.3, not 0.7" in line
 
 
-def test_an_existing_run_is_not_overwritten(cli, trained):
-    assert "holds a run already" in refused(cli(train, *TINY, "--out", trained / "runs/words"))
+def test_an_existing_run_is_not_overwritten(cli, two_runs):
+    assert "holds a run already" in refused(cli(train, *TINY, "--out", two_runs / "runs/words"))
 
 
-def test_runs_of_different_data_are_not_compared(cli, trained):
-    assert "different data" in refused(
-        cli(evaluate, trained / "runs/words", trained / "runs/bytes", "--samples", "2"))
+def test_runs_of_different_data_are_not_compared(cli, two_runs):
+    both = two_runs / "runs/words", two_runs / "runs/bytes"
+    assert "different data" in refused(cli(evaluate, *both, "--samples", "2"))
 
 
 # ---- the saved file, the start-up, the README ----------------------------------------------------
 
-def test_the_checkpoint_holds_the_model_and_nothing_of_phi(trained):
-    names = load_file(trained / "runs/words/model.safetensors").keys()
+def test_the_checkpoint_holds_the_model_and_nothing_of_phi(two_runs):
+    names = load_file(two_runs / "runs/words/model.safetensors").keys()
     assert {name.split(".")[0] for name in names} == {"model", "adamw"}
     assert not [name for name in names if "lora" in name or "phi" in name]
-    assert len([n for n in names
-                if n.startswith("adamw.")]) == 3 * len([n for n in names if n.startswith("model.")])
+    weights, states = ([name for name in names if name.startswith(kind)]
+                       for kind in ("model.", "adamw."))
+    assert len(states) == 3 * len(weights)  # AdamW keeps two averages and a count of steps
 
 
 def test_help_is_quick_and_heavy_packages_stay_out():
@@ -387,9 +395,9 @@ def test_help_is_quick_and_heavy_packages_stay_out():
         "heavy = {'matplotlib', 'transformers', 'peft', 'bitsandbytes', 'datasets', 'lm_eval'}\n"
         "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          check=True)
-    assert "--inner-lr" in done.stdout and "toy, from prompt 0.3" in done.stdout
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                         check=True)
+    assert "--inner-lr" in run.stdout and "toy, from prompt 0.3" in run.stdout
 
 
 def commands_of(*pages):
@@ -406,8 +414,8 @@ def commands_of(*pages):
     return [pytest.param(c, marks=[] if c in quick else [pytest.mark.slow]) for c in found]
 
 
-# These need the hub's data, an hour, or minutes. They run in small in test_harness.py,
-# test_paper.py and test_real_models.py.
+# Commands with these words need the hub's data, or take minutes or an hour. test_harness.py,
+# test_paper.py and test_real_models.py run small forms of them.
 LONG = {"tasks", "claims", "lm_eval"}
 
 
@@ -427,7 +435,7 @@ def make_adapter(root, model, name):
     save_adapter(add_lora(backbone, 4, 8.0, 0.0), root / name)
 
 
-def shrink(script, words, root, trained):
+def shrink(script, words, root, two_runs):
     """The words of a command, with sizes made tiny and with models, runs and data that exist."""
     value = {flag: words[i + 1] for i, flag in enumerate(words[:-1]) if flag.startswith("--")}
     words, model = list(words), value.get("--model", "toy")
@@ -453,7 +461,7 @@ def shrink(script, words, root, trained):
         return words
     if script == "train" and "--resume" not in words:
         return words + [*TINY, "--table-samples", "0"]
-    (root / "runs").symlink_to(trained / "runs")
+    (root / "runs").symlink_to(two_runs / "runs")
     if script == "generate":
         return words + ["--run", "runs/words"]
     if script == "evaluate" and words[:1] != ["paper"]:
@@ -463,7 +471,7 @@ def shrink(script, words, root, trained):
 
 
 @pytest.mark.parametrize("command", commands_of("README.md", "results/README.md"))
-def test_the_commands_of_the_pages_run(command, trained, tmp_path):
+def test_the_commands_of_the_pages_run(command, two_runs, tmp_path):
     """As typed there, with sizes made tiny."""
     _, script, *words = shlex.split(command)
     script = script.removesuffix(".py")
@@ -472,17 +480,20 @@ def test_the_commands_of_the_pages_run(command, trained, tmp_path):
     pairs = [json.dumps({"prompt": f"say {i}", "response": str(i)}) for i in range(9)]
     (tmp_path / "my.jsonl").write_text("\n".join(pairs))
     (tmp_path / "notes.txt").write_text("fox ruby owl jade")
-    words = shrink(script, words, tmp_path, trained)
-    done = subprocess.run([sys.executable, ROOT / f"{script}.py", *words], cwd=tmp_path,
-                          capture_output=True, text=True, input="quit\n")
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = shrink(script, words, tmp_path, two_runs)
+    run = subprocess.run([sys.executable, ROOT / f"{script}.py", *words], cwd=tmp_path,
+                         capture_output=True, text=True, input="quit\n")
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.mark.slow
 def test_closed_book_memory_is_learned(cli, tmp_path):
-    """The claim of the first screen, at a tenth of its size: only phi of its own prompt answers."""
-    cli(train, "--steps", "200", "--lr", "4e-3", "--no-control", "--out", "r", "--sample-every",
-        "0")
+    """This is the claim of the first screen, at a tenth of its size.
+
+    Answers come only with the phi of the question's own prompt.
+    """
+    cli(train, "--steps", "200", "--lr", "4e-3", "--no-control", "--sample-every", "0",
+        "--out", "r")
     _, _, values, roles = measure_run(tmp_path / "r", 100, None)
     score = {role: values[label, "16 x2"].mean().item() for role, label in roles.items()}
     assert score["own"] > 0.4 and score["other"] < 0.1 and score["alone"] < 0.1, score
@@ -495,7 +506,7 @@ QUICK = [*TINY, "--width", "8", "--heads", "1", "--table-samples", "0", "--no-co
 
 @pytest.fixture
 def handlers():
-    """Handlers of signals, hooks and the alarm, as they were before the test."""
+    """Sets the handlers of signals, the hooks and the alarm back after the test."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
     before = {number: signal.getsignal(number) for number in numbers}
     hooks = sys.excepthook, sys.unraisablehook
@@ -507,7 +518,7 @@ def handlers():
 
 
 def begin_and_run(code, goes_on=True, **options):
-    """Start a Python that begins as a script does, and then runs this code."""
+    """Start a Python process that begins as a script does, and then runs this code."""
     code = f"import sys, console\nconsole.begin({goes_on})\n{code}"
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
                             env={**os.environ, "PYTHONUNBUFFERED": ""}, **options)
@@ -516,14 +527,15 @@ def begin_and_run(code, goes_on=True, **options):
 @pytest.mark.parametrize("names", [
     ["encoding"], pytest.param(["pipe", "closed"], marks=pytest.mark.slow)], ids=str)
 def test_printing_never_ends_training(tmp_path, names):
-    """An encoding without emoji, a reader that goes away, and streams that are closed."""
-    line = json.dumps({"prompt": "hi \U0001f600 there", "response": "b\xf6se \U0001f600"})
-    (tmp_path / "d.jsonl").write_text("\n".join([line] * 12))
-    command = [sys.executable, str(ROOT / "train.py"), *QUICK, "--data", "d.jsonl", "--out"]
+    """The output has an encoding without emoji, a reader that goes away, or is closed."""
+    pair = json.dumps({"prompt": "hi \U0001f600 there", "response": "b\xf6se \U0001f600"})
+    (tmp_path / "d.jsonl").write_text("\n".join([pair] * 12))
+    words = [sys.executable, str(ROOT / "train.py"), *QUICK, "--data", "d.jsonl", "--out"]
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
-    line = " ".join(shlex.quote(word) for word in command)
-    shells = {"encoding": f"{line} encoding > log 2>&1", "pipe": f"{line} pipe 2>&1 | head -1",
-              "closed": f"{line} closed <&- >&- 2>&-"}
+    command = shlex.join(words)
+    shells = {"encoding": f"{command} encoding > log 2>&1",
+              "pipe": f"{command} pipe 2>&1 | head -1",
+              "closed": f"{command} closed <&- >&- 2>&-"}
     for name in names:
         subprocess.run(shells[name], shell=True, cwd=tmp_path, env=environment, check=True,
                        stdout=subprocess.DEVNULL)
@@ -554,16 +566,19 @@ def test_output_that_cannot_be_written_is_an_error_only_where_it_is_the_work():
 def test_closed_streams_are_not_taken_by_the_next_file(tmp_path):
     code = ("import os\nfile = open(sys.argv[1], 'w')\nprint('lost'), os.write(1, b'lost')\n"
             "assert file.fileno() > 2 and sys.stdin.read() == ''\nfile.write('kept')")
-    line = [sys.executable, "-c", f"import sys, console\nconsole.begin()\n{code}",
-            str(tmp_path / "o")]
-    shell = " ".join(map(shlex.quote, line)) + " <&- >&- 2>&-"
+    words = [sys.executable, "-c", f"import sys, console\nconsole.begin()\n{code}",
+             str(tmp_path / "o")]
+    shell = shlex.join(words) + " <&- >&- 2>&-"
     assert subprocess.run(shell, shell=True, cwd=ROOT).returncode == 0
     assert (tmp_path / "o").read_text() == "kept"
 
 
 @pytest.mark.parametrize("script", ["train", "generate", "evaluate", "bench"])
 def test_a_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
-    """A false torch sends it. It lets the exception pass, or makes it another, or forgets it."""
+    """A false torch sends the Ctrl-C while it is imported.
+
+    Then it lets the exception pass, or raises another one, or swallows it.
+    """
     send = "import os, signal, time\ntry: os.kill(os.getpid(), signal.SIGINT)\n"
     ways = ["finally: pass", "except BaseException: raise ImportError('odd')"]
     if script == "train":
@@ -591,16 +606,19 @@ def test_a_hang_up_that_is_ignored_stays_ignored(cli, monkeypatch, handlers):
     assert cli(train, *QUICK, "--out", "r")[0] == 0
 
 
-@pytest.mark.parametrize("where, says", [("build", "stopped"), ("draw_losses", "is saved in r"),
-                                         ("print_comparison", "is saved in r")])
-def test_a_stop_before_and_after_the_loop_is_one_line_at_once(cli, tmp_path, monkeypatch, handlers,
-                                                              where, says):
-    if where == "draw_losses":  # of the control
-        monkeypatch.setattr(train, where, lambda folder: folder.name == "control" and
-                            os.kill(os.getpid(), signal.SIGINT))
-    else:
-        monkeypatch.setattr(train, where,
-                            lambda *_, **options: os.kill(os.getpid(), signal.SIGINT))
+@pytest.mark.parametrize("where, says", [
+    ("build", "stopped"),
+    ("draw_losses", "is saved in r"),
+    ("print_comparison", "is saved in r"),
+])
+def test_a_stop_before_and_after_the_loop_is_one_line_at_once(
+        cli, tmp_path, monkeypatch, handlers, where, says):
+    def send(*arguments, **options):
+        # The losses are drawn for the run and for its control. The signal waits for the control.
+        if where != "draw_losses" or arguments[0].name == "control":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train, where, send)
     code, _, err = cli(train, *QUICK, "--control", "--table-samples", "3", "--out", "r")
     assert code == 130 and says in err.splitlines()[-1] and "Traceback" not in err
     assert (tmp_path / "r").exists() == (where != "build")
@@ -625,8 +643,8 @@ def test_a_stop_of_the_claims_says_how_to_go_on(monkeypatch, handlers, capsys):
     assert stop.value.code == 130 and "same command goes on" in capsys.readouterr().err
 
 
-def test_a_chat_ends_with_its_input(cli, trained):
-    code, out, err = cli(generate, "--run", trained / "runs/words", "--chat", stdin="")
+def test_a_chat_ends_with_its_input(cli, two_runs):
+    code, out, err = cli(generate, "--run", two_runs / "runs/words", "--chat", stdin="")
     assert code == 0 and not err
 
 
@@ -637,22 +655,27 @@ PLAIN_TEXTS = ["a\tb\nc\r\nd", "na\xefve \u4f60\u597d \u0645\u0631\u062d\u0628\u
 
 
 @pytest.mark.parametrize("text, shown", [
-    ("\x1b[2J", "\\x1b[2J"), ("\x9b2J", "\\x9b2J"), ("a\rb", "a\\x0db"), ("\a\b\0\x7f", None),
-    ("\u202eabc\u2066", "\\u202eabc\\u2066"), ("\ud83d", "\\ud83d"), ("\r\r\n", "\\x0d\r\n"),
+    ("\x1b[2J", "\\x1b[2J"),
+    ("\x9b2J", "\\x9b2J"),
+    ("a\rb", "a\\x0db"),
+    ("\a\b\0\x7f", None),
+    ("\u202eabc\u2066", "\\u202eabc\\u2066"),
+    ("\ud83d", "\\ud83d"),
+    ("\r\r\n", "\\x0d\r\n"),
     *((text, text) for text in PLAIN_TEXTS)])
 def test_what_would_steer_a_terminal_is_shown(text, shown):
     assert console.printable(text) == (shown or "\\x07\\x08\\x00\\x7f")
 
 
-def test_no_text_of_a_prompt_or_a_reply_steers_the_terminal(cli, trained, tmp_path, monkeypatch):
+def test_no_text_of_a_prompt_or_a_reply_steers_the_terminal(cli, two_runs, tmp_path, monkeypatch):
     evil = "x\x1b[2J\x9b\u202e\ry"
     monkeypatch.setattr(Bytes, "decode", lambda self, ids: evil)
-    flags = ["--run", trained / "runs/bytes", "--prompt", evil, "--show", "--svg", "o.svg"]
+    flags = ["--run", two_runs / "runs/bytes", "--prompt", evil, "--show", "--svg", "o.svg"]
     code, out, err = cli(generate, *flags, "--html", "o\x1b.html")
     assert code == 0 and out.count("x\\x1b[2J\\x9b\\u202e\\x0dy") >= 2 and "o\\x1b.html" in out
     assert not set("\x1b\x9b\u202e\r") & set(out + err)
     ElementTree.parse(tmp_path / "o.svg")
-    run = ["--run", trained / "runs/bytes"]
+    run = ["--run", two_runs / "runs/bytes"]
     for flags in (["--run", evil], [*run, evil], [*run, "--trajectory", evil]):
         line = refused(cli(generate, *flags))
         assert "\\x1b[2J" in line and not set("\x1b\x9b\u202e\r") & set(line)

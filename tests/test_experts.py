@@ -1,4 +1,4 @@
-"""The experts of a layer as stacks: against experts one by one, sorted and padded, 4-bit, LoRA, φ."""
+"""The experts of a layer as stacks: against single experts, sorted and padded, 4-bit, LoRA, φ."""
 
 import pytest
 import torch

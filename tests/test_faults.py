@@ -1,15 +1,15 @@
-"""What goes wrong in practice:
+"""What goes wrong in practice.
 
-kills, signals, odd prompts, broken files and files from strangers. Nothing may be lost, run or
-written where it should not be; what cannot be used is refused in one line.
+Runs are killed, prompts are odd, files are broken or come from strangers. Nothing may be lost, run,
+or written where it should not be. What cannot be used is refused in one line.
 """
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
-
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,15 +26,16 @@ import backbones.lora as lora
 import evaluate
 import files
 import generate
+import memdlm
 import runs
+import train
 from backbones.checkpoint import load_backbone
 from backbones.families import PUBLISHED, translate
 from backbones.lora import add_lora, read_adapter, save_adapter
 from backbones.tiny import write_tiny
 from runs import build, load_checkpoint, read_settings, save_checkpoint
 from settings import Settings
-import memdlm
-import train
+from test_cli import refused
 from toy import text
 from toy.model import ToyConfig, ToyDLM
 
@@ -60,47 +61,39 @@ def state(model):
 
 def same_state(model, before):
     now = state(model)
-    return now[1:] == before[1:] and all(
-        torch.equal(p, before[0][name]) for name, p in now[0].items())
+    same_weights = all(torch.equal(p, before[0][name]) for name, p in now[0].items())
+    return same_weights and now[1:] == before[1:]
 
 
-def refused(result):
-    code, _, err = result
-    lines = [line for line in err.splitlines() if line.strip()]
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (code, err)
-    return lines[0]
-
-
-TINY = [
-    "--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2", "--log-every",
-    "1", "--save-every", "3", "--sample-every", "0", "--table-samples", "0", "--threads", "1",
-    "--no-control"
-]
+TINY = ["--steps", "6", "--batch", "2", "--width", "16", "--layers", "1", "--heads", "2",
+        "--log-every", "1", "--save-every", "3", "--sample-every", "0", "--table-samples", "0",
+        "--threads", "1", "--no-control"]
 
 
 # ---- Kills and signals ---------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, monkeypatch):
-    """In a process of its own, for it forks:
+    """A run is killed dozens of times, half of them while it writes a checkpoint.
 
-    dozens of kills, half of them aimed at a checkpoint being written.
+    crash.py forks, so it has a process of its own.
     """
     run = subprocess.run([sys.executable, crash.__file__, "--kills", "24"], capture_output=True,
                          text=True, timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(run.stdout.splitlines()[-1])
-    assert report["kills"] == 24 and report[
-        "while_saving"] > 3 and report["different"] == report["unreadable"] == 0
+    assert report["kills"] == 24 and report["while_saving"] > 3
+    assert report["different"] == report["unreadable"] == 0
     assert report["most_repeated"] <= crash.EVERY and report["runs"] >= 1
 
 
 def test_the_soak_test_tells_growth_from_noise():
     noise = random.Random(0)
+    # Megabytes after each round: 50 more in the first six rounds, then the same with some noise.
     flat = [400 + 50 * min(1, i / 6) + noise.uniform(-4, 4) for i in range(60)]
-    assert not soak.growth(flat)[2] and soak.growth([x + 0.75 * i for i, x in enumerate(flat)])[2]
-    assert not soak.growth(flat[:30])[2] and soak.growth(
-        [x + 2 * i for i, x in enumerate(flat[:30])])[2]
+    for levels, leak in ((flat, 0.75), (flat[:30], 2)):
+        assert not soak.growth(levels)[2]
+        assert soak.growth([level + leak * i for i, level in enumerate(levels)])[2]
 
 
 @pytest.mark.slow
@@ -128,8 +121,8 @@ def test_resume_names_what_has_changed(cli, tmp_path, monkeypatch):
     pairs.unlink()
     assert "now missing" in refused(cli(train, "--resume", "r"))
     origin = json.loads((tmp_path / "r/origin.json").read_text())
-    assert {"torch", "memdlm.py", "train.py", "toy/model.py", "toy/data.py"
-            } <= set(origin) and "llada.py" not in origin
+    assert {"torch", "memdlm.py", "train.py", "toy/model.py", "toy/data.py"} <= set(origin)
+    assert "llada.py" not in origin
     (tmp_path / "r/origin.json").write_text(json.dumps(origin | {"memdlm.py": "0", "torch": "1.0"}))
     line = refused(cli(train, "--resume", "r"))
     assert "memdlm.py (0, now" in line and "torch (1.0, now" in line and "--anyway" in line
@@ -147,13 +140,13 @@ def test_an_empty_prompt_is_refused_or_leaves_the_model_as_it_was(cli, tmp_path)
         except (ValueError, RuntimeError, IndexError):
             pass
         assert same_state(model, before)
-    # No valid token in one of two prompts: that one gets no memory, the other all of its own.
+    # One of two prompts has no valid token and gets no memory. The other gets all of its own.
     prompt, valid = torch.randint(2, V, (2, 6)), torch.tensor([[True] * 6, [False] * 6])
     phi, record = memdlm.adapt(model, memdlm.Settings(), prompt, valid, [0, 1])
     alone, _ = memdlm.adapt(model, memdlm.Settings(), prompt[:1], valid[:1], [0])
     for name, (A, B) in phi.items():
-        assert B[1].abs().max() == 0 and torch.allclose(B[0], alone[name][1][0],
-                                                        atol=1e-7) and B[0].abs().max() > 0
+        assert B[1].abs().max() == 0 and B[0].abs().max() > 0
+        assert torch.allclose(B[0], alone[name][1][0], atol=1e-7)
 
 
 def test_prompts_of_one_to_three_tokens_are_adapted():
@@ -171,8 +164,7 @@ def test_masks_in_the_prompt_are_left_and_cost_no_answer():
     fill = torch.tensor([[False] * 3 + [True] * 3])
     for canvas in memdlm.denoise(model, memdlm.Settings(), x, fill, torch.ones_like(fill), [0]):
         pass
-    assert canvas[0, 1] == MASK and (canvas[0, 3:] != MASK).all() and torch.equal(
-        canvas[0, [0, 2]], x[0, [0, 2]])
+    assert torch.equal(canvas[0, :3], x[0, :3]) and (canvas[0, 3:] != MASK).all()
 
 
 def test_a_model_that_loves_the_mask_never_says_it():
@@ -189,14 +181,15 @@ def test_a_model_that_loves_the_mask_never_says_it():
 
 
 def test_two_memories_on_one_model_do_not_know_each_other():
-    """phi is a value: two of them, of different kinds, act where they are asked to and nowhere
-    else."""
+    """phi is a value. Two of different kinds act where they are given, and nowhere else."""
     model, x, valid = toy_model(), torch.randint(2, V, (1, 6)), torch.ones(1, 6, dtype=torch.bool)
     one, two = (memdlm.Settings(inner_lr=0.5),
                 memdlm.Settings(inner_lr=0.5, adapter="full", layer_fraction=1.0, scope="ffn+attn"))
     first, second = (memdlm.adapt(model, s, x, valid, [0])[0] for s in (one, two))
+
     def out(s, phi):
         return memdlm.upper_layers(model, s, memdlm.lower_layers(model, s, x, valid), valid, phi)
+
     plain, with_first, with_second = out(one, None), out(one, first), out(two, second)
     assert not torch.equal(plain, with_first) and not torch.equal(with_first, with_second)
     assert torch.equal(out(one, first), with_first) and torch.equal(out(two, None), plain)
@@ -208,8 +201,8 @@ def test_after_decoding_with_memory_nothing_of_it_is_left():
     plain = memdlm.response_nll(model, s, x, valid, valid)
     phi, _ = memdlm.adapt(model, s, x, valid, [0])
     list(memdlm.denoise(model, s, x, valid, valid, [0], phi))
-    assert same_state(model, before) and torch.equal(memdlm.response_nll(model, s, x, valid, valid),
-                                                     plain)
+    assert same_state(model, before)
+    assert torch.equal(memdlm.response_nll(model, s, x, valid, valid), plain)
 
 
 def test_a_thousand_prompts_leave_weights_and_modes_bit_for_bit_and_memory_flat():
@@ -232,10 +225,10 @@ def test_a_thousand_prompts_leave_weights_and_modes_bit_for_bit_and_memory_flat(
 def test_a_diverging_inner_loop_is_cut_off_and_the_model_is_as_before():
     model, x, valid = toy_model(), torch.randint(2, V, (1, 9)), torch.ones(1, 9, dtype=torch.bool)
     before = state(model)
-    phi, record = memdlm.adapt(model, memdlm.Settings(inner_lr=1e9, clip="none", inner_steps=4), x,
-                               valid, [0])
-    assert same_state(model, before) and all(
-        torch.isfinite(w).all() for pair in phi.values() for w in pair)
+    s = memdlm.Settings(inner_lr=1e9, clip="none", inner_steps=4)
+    phi, record = memdlm.adapt(model, s, x, valid, [0])
+    assert same_state(model, before)
+    assert all(torch.isfinite(w).all() for pair in phi.values() for w in pair)
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -269,28 +262,27 @@ def test_windows_lines_byte_order_marks_and_gigantic_lines(tmp_path):
     assert text.read_pairs(path) == ([("what is up", "", "the sky")] * 2, 0)
     path.write_text(json.dumps({"prompt": "x" * 20_000_000, "response": "y"}) + "\n" + GOOD)
     assert len(text.read_pairs(path)[0]) == 2
+    umlauts = json.dumps({"prompt": "ä", "response": "ö"}, ensure_ascii=False)
     for encoding in ("utf-16", "latin-1"):
-        path.write_bytes(
-            (GOOD + "\n" +
-             json.dumps({"prompt": "ä", "response": "ö"}, ensure_ascii=False)).encode(encoding))
+        path.write_bytes(f"{GOOD}\n{umlauts}".encode(encoding))
         with pytest.raises(ValueError, match="not UTF-8"):
             text.read_pairs(path)
 
 
-@pytest.mark.parametrize("written",
-                         ["<mask>", "<pad>", "<eos>", "<|mask|>", "<|endoftext|>", "<sep>"])
-def test_the_names_of_special_tokens_in_text_are_text(tmp_path, written):
+@pytest.mark.parametrize("name", ["<mask>", "<pad>", "<eos>", "<|mask|>", "<|endoftext|>", "<sep>"])
+def test_the_names_of_special_tokens_in_text_are_text(tmp_path, name):
     path = tmp_path / "d.jsonl"
-    path.write_text(json.dumps({"prompt": f"a {written} b", "response": f"{written}"}))
+    path.write_text(json.dumps({"prompt": f"a {name} b", "response": name}))
     (pair,), _ = text.read_pairs(path)
     sample = text.pair_sample(pair, 256, 64)
-    assert min(sample.prompt) > 3 and text.BYTES.decode(sample.prompt) == f"a {written} b"
+    # The special tokens have the ids 0 to 3. Bytes follow them.
+    assert min(sample.prompt) > 3 and text.BYTES.decode(sample.prompt) == f"a {name} b"
     answer = [i for i, wanted in zip(sample.rest, sample.answer) if wanted]
-    assert min(answer[:len(written)]) > 3  # bytes, all of them; only then the end
+    assert min(answer[:len(name)]) > 3  # behind these stands the end
 
 
 def mutate(data, rng):
-    """A few random changes to bytes: flips, cuts, doublings, insertions of what breaks parsers."""
+    """Change a few random bytes: flip, cut or double them, or insert what breaks parsers."""
     data = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         i = rng.randrange(len(data) + 1)
@@ -302,25 +294,19 @@ def mutate(data, rng):
         elif kind == 2:
             data[i:i] = data[max(0, i - rng.randint(1, 30)):i]
         elif kind == 3:
-            data[i:i] = rng.choice([
-                b"\n", b'"', b"{", b"[", b"}", b"\\u0000", b"\\ud800", b"1e999", b"-1", b"NaN",
-                b"null", b"\xff", b"99999999999999"
-            ])
+            data[i:i] = rng.choice([b"\n", b'"', b"{", b"[", b"}", b"\\u0000", b"\\ud800", b"1e999",
+                                    b"-1", b"NaN", b"null", b"\xff", b"99999999999999"])
         else:
             data[i:i] = bytes(rng.randrange(256) for _ in range(3))
     return bytes(data)
 
 
 def test_fuzz_the_data_reader(tmp_path):
-    """Thousands of damaged files: each is read or refused in one line, and what is read is text."""
+    """Each of many damaged files is read or refused in one line. What is read is text."""
     rng, path, read = random.Random(0), tmp_path / "d.jsonl", 0
-    source = "\n".join([GOOD,
-                        json.dumps({"instruction": "do", "input": "it", "output": "done"}),
-                        json.dumps({"prompt": "ä", "question": "?", "response": "ö"})])
-    sources = [
-        source.encode(),
-        json.dumps([json.loads(line) for line in source.split("\n")]).encode()
-    ]
+    records = [json.loads(GOOD), {"instruction": "do", "input": "it", "output": "done"},
+               {"prompt": "ä", "question": "?", "response": "ö"}]
+    sources = ["\n".join(map(json.dumps, records)).encode(), json.dumps(records).encode()]
     for i in range(MANY):
         path.write_bytes(mutate(sources[i % 2], rng))
         try:
@@ -330,8 +316,8 @@ def test_fuzz_the_data_reader(tmp_path):
             continue
         read += 1
         for pair in pairs:
-            assert all(isinstance(part, str)
-                       for part in pair) and pair[0].strip() and pair[2].strip()
+            assert all(isinstance(part, str) for part in pair)
+            assert pair[0].strip() and pair[2].strip()
             try:
                 text.pair_sample(pair, 256, 64)
             except ValueError as error:
@@ -348,22 +334,14 @@ def hub(tmp_path_factory):
     return folder
 
 
-ODD = [
-    None, True, -1, 0, 1, 3, 10**9, 10**30, 1e400, 0.5, "a", "", [], {}, [1], {"a": 1},
-    "../../etc/passwd",
-    float("nan"), [[]] * 3, 2**31
-]
+ODD = [None, True, -1, 0, 1, 3, 10**9, 10**30, 1e400, 0.5, "a", "", [], {}, [1], {"a": 1},
+       "../../etc/passwd", float("nan"), [[]] * 3, 2**31]
 
 
 def test_fuzz_the_translation_of_a_config():
-    """Fields replaced by something odd, up to three at a time:
-
-    translated within bounds, or refused in one line.
-    """
-    rng, good = random.Random(1), [
-        raw | {"mask_token_id": 5, "eos_token_id": 6} for raw in PUBLISHED.values()
-    ]
-    taken = 0
+    """Up to three fields hold something odd. The config is refused or stays within bounds."""
+    rng, taken = random.Random(1), 0
+    good = [raw | {"mask_token_id": 5, "eos_token_id": 6} for raw in PUBLISHED.values()]
     for i in range(MANY):
         raw = dict(good[i % len(good)])
         for name in rng.sample(list(raw), rng.randint(1, 3)):
@@ -384,21 +362,18 @@ def test_fuzz_the_translation_of_a_config():
 
 
 def test_fuzz_adapters(tmp_path, hub):
-    """Damaged adapters: loaded with finite weights of the right shape, or refused in one line."""
+    """A damaged adapter is loaded with finite weights, or refused in one line."""
     backbone = load_backbone(str(hub))
     add_lora(backbone, 8, 16.0, 0.0, scope="attention")
     save_adapter(backbone, tmp_path / "a")
-    parts = {
-        path.name: path.read_bytes()
-        for path in (tmp_path / "a").iterdir()
-        if path.suffix in (".json", ".safetensors")
-    }
+    parts = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()
+             if path.suffix in (".json", ".safetensors")}
     rng, loaded = random.Random(2), 0
     for i in range(MANY // 2):
         for name, data in parts.items():
             if name.endswith("json"):
                 data = mutate(data, rng)
-            else:  # its header, where the names, shapes and offsets stand
+            else:  # only the header is damaged, which holds names, shapes and offsets
                 size = 8 + int.from_bytes(data[:8], "little")
                 data = mutate(data[:size], rng) + data[size:] if i % 3 else data
             (tmp_path / "a" / name).write_bytes(data)
@@ -410,7 +385,7 @@ def test_fuzz_adapters(tmp_path, hub):
         loaded += 1
         assert all(torch.isfinite(t).all() for t in tensors.values()) and 0 < raw["r"] <= 1 << 16
     assert loaded < MANY / 2
-    # One that is whole, with a weight that is not a number.
+    # An adapter that is whole, but has a weight that is not a number, is refused.
     for name, data in parts.items():
         (tmp_path / "a" / name).write_bytes(data)
     tensors = load_file(tmp_path / "a/adapter_model.safetensors")
@@ -441,11 +416,10 @@ def test_fuzz_checkpoints_of_runs(cli, tmp_path):
 
 
 @hypothesis_settings(max_examples=300, deadline=None, derandomize=True)
-@given(
-    st.dictionaries(
-        st.sampled_from([f.name for f in fields(Settings)] + ["__class__", "nonsense"]),
-        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
-                  st.lists(st.integers(), max_size=2))))
+@given(st.dictionaries(
+    st.sampled_from([f.name for f in fields(Settings)] + ["__class__", "nonsense"]),
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
+              st.lists(st.integers(), max_size=2))))
 def test_settings_of_a_strange_run_are_sound_or_refused(tmp_path_factory, values):
     folder = tmp_path_factory.mktemp("r")
     (folder / "settings.json").write_text(json.dumps(asdict(Settings()) | values))
@@ -461,8 +435,8 @@ def test_settings_of_a_strange_run_are_sound_or_refused(tmp_path_factory, values
 
 
 def test_bombs_are_refused_before_anything_is_built(cli, tmp_path, hub):
-    for values in ({"width": 10**9}, {"layers": 10**9}, {"prompt_length": 10**12}, {"heads": 10**9},
-                   {"lr": 1e300}, {"batch": 10**10}):
+    for values in ({"width": 10**9}, {"layers": 10**9}, {"heads": 10**9},
+                   {"prompt_length": 10**12}, {"lr": 1e300}, {"batch": 10**10}):
         (tmp_path / "r").mkdir(exist_ok=True)
         (tmp_path / "r/settings.json").write_text(json.dumps(asdict(Settings()) | values))
         assert "must lie between" in refused(cli(generate, "--run", "r"))
@@ -540,20 +514,19 @@ def test_weights_that_are_not_numbers_are_refused_by_name(tmp_path, hub):
     name = sorted(n for n, t in tensors.items() if t.dim() == 2)[0]
     tensors[name][0, 0] = float("inf")
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=f"{name} holds numbers that are not finite".replace(
-            ".", r"\.")):
+    says = re.escape(f"{name} holds numbers that are not finite")
+    with pytest.raises(ValueError, match=says):
         load_backbone(str(tmp_path / "m"))
 
 
 def test_pickles_and_code_in_a_folder_are_not_touched(cli, tmp_path):
-    """A run folder with a pickle for weights, a sitecustomize and a script:
+    """A run folder with pickles for weights and a script is refused. Nothing of it has run."""
+    import pickle
 
-    refused, and nothing of it has run.
-    """
     class Evil:
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path}/owned",))
-    import pickle
+
     assert cli(train, *TINY, "--data", "languages", "--out", "r")[0] == 0
     for name in ("model.safetensors", "pytorch_model.bin", "optimizer.pt"):
         (tmp_path / "r" / name).write_bytes(pickle.dumps(Evil()))
@@ -575,39 +548,37 @@ def test_decoding_fills_each_gap_once_and_nothing_else(rows, length, steps, bloc
     x = torch.randint(2, V, (rows, length), generator=generator)
     valid = torch.arange(length) < torch.randint(1, length + 1, (rows, 1), generator=generator)
     fill = valid & (torch.rand(rows, length, generator=generator) < 0.6)
-    canvases = list(
-        memdlm.denoise(model, memdlm.Settings(), x, fill, valid, list(range(rows)), steps=steps,
-                       block_length=block, temperature=temperature, remasking=remasking))
+    canvases = list(memdlm.denoise(
+        model, memdlm.Settings(), x, fill, valid, list(range(rows)), steps=steps,
+        block_length=block, temperature=temperature, remasking=remasking))
     before = torch.where(fill, MASK, x)
     for canvas in canvases:
-        assert torch.equal(canvas[~fill], x[~fill]) and ((canvas == before) |
-                                                         (before == MASK))[fill].all()
+        assert torch.equal(canvas[~fill], x[~fill])
+        assert ((canvas == before) | (before == MASK))[fill].all()
         before = canvas
     assert not canvases or (canvases[-1][fill] != MASK).all()
     assert bool(canvases) == bool(fill.any())
 
 
 @hypothesis_settings(max_examples=80, deadline=None, derandomize=True)
-@given(
-    st.sampled_from(
-        ["consistent", "pre_only", "anchor_only", "inconsistent", "cover:1", "cover:3",
-         "cover:50"]), st.integers(2, 6), st.floats(1, 5), st.floats(0, 1),
-    st.sampled_from(["clean", "anchor_tokens"]), st.booleans(), st.integers(0, 10**6))
+@given(st.sampled_from(["consistent", "pre_only", "anchor_only", "inconsistent", "cover:1",
+                        "cover:3", "cover:50"]),
+       st.integers(2, 6), st.floats(1, 5), st.floats(0, 1),
+       st.sampled_from(["clean", "anchor_tokens"]), st.booleans(), st.integers(0, 10**6))
 def test_stages_stay_within_what_may_be_masked(trajectory, steps, scale, ratio, target, weighted,
                                                seed):
     s = memdlm.Settings(trajectory=trajectory, inner_steps=steps, pre_scale=scale,
                         anchor_ratio=ratio, stage1_target=target)
     generator = torch.Generator().manual_seed(seed)
-    x0, maskable = torch.randint(2, V, (3, 11), generator=generator), torch.rand(
-        3, 11, generator=generator) < 0.6
+    x0 = torch.randint(2, V, (3, 11), generator=generator)
+    maskable = torch.rand(3, 11, generator=generator) < 0.6
     t = torch.rand(3, generator=generator)
     masked = maskable & (torch.rand(3, 11, generator=generator) < t[:, None])
     for stage in memdlm.stages(s, x0, masked, maskable, t, [seed, 1, 2], MASK, weighted):
         hidden = stage.x == MASK
         assert not (hidden & ~maskable).any() and not (stage.targets & ~hidden).any()
-        assert torch.equal(stage.x[~hidden],
-                           x0[~hidden]) and stage.weight.isfinite().all() and (stage.weight
-                                                                               >= 0).all()
+        assert torch.equal(stage.x[~hidden], x0[~hidden])
+        assert stage.weight.isfinite().all() and (stage.weight >= 0).all()
 
 
 # ---- Run folders of strangers, and runs at once --------------------------------------------------
@@ -841,8 +812,8 @@ def test_damaged_lines_of_metrics_are_left_out(cli, tmp_path, small_run):
     sound = path.read_bytes()
     odd = [b"3", b"[]", b"null", b"{}", b'{"step": "1"}', b'{"step": true, "ce": 1}', b"\xff\xfe",
            b'{"step": 1, "ce": "x"}', b'{"step": 1, "inner": [[1]]}', b'{"step": 1.5}', b"",
-           b'{"step": 1, "ce": 1' + b"0" * 400 + b"}", b"[" * 100_000, b'{"step": 1, "a": 1' + b"0"
-           * 5000 + b"}"]
+           b'{"step": 1, "ce": 1' + b"0" * 400 + b"}", b"[" * 100_000,
+           b'{"step": 1, "a": 1' + b"0" * 5000 + b"}"]
     for lines in (odd, [b'{"step": -3}', b'{"step": 7}', b'{"step": 1' + b"0" * 30 + b"}"]):
         path.write_bytes(b"\n".join(lines) + b"\n" + sound + b'{"half": ')
         code, out, _ = cli(train, "--resume", "r")
@@ -863,12 +834,11 @@ def test_the_latest_run_is_the_one_written_to_last(tmp_path):
         for run in ("a", "b"):
             os.utime(tmp_path / run / name, (2 * seconds, 2 * seconds))
             assert runs.latest_run(tmp_path) == tmp_path / run
-            os.utime(tmp_path / run / "loss.png" if (tmp_path / run / "loss.png").exists()
-                     else tmp_path / run, (9999, 9999))  # pictures do not count
+            os.utime(tmp_path / run, (9999, 9999))  # the folder's own time does not count
 
 
 def test_an_adapter_is_whole_at_every_moment(tmp_path, hub, monkeypatch):
-    """At each rename the adapter can be read; and a save that fails leaves the one before."""
+    """The adapter can be read at each rename. A save that fails leaves the one before."""
     backbone = add_lora(load_backbone(str(hub)), 4, 8.0, 0.0, scope="attention")
     save_adapter(backbone, tmp_path / "a")
     before, moments = read_adapter(str(tmp_path / "a"), "m")[1], []

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import memdlm
 from backbones.backbone import Backbone, build_network
 from backbones.checkpoint import hub_weights, load_backbone, load_weights
 from backbones.families import FAMILIES
-from backbones.lora import (add_lora, load_adapter, lora_weights, merge_adapter, save_adapter)
-import memdlm
+from backbones.lora import add_lora, load_adapter, lora_weights, merge_adapter, save_adapter
 from tiny_models import all_logits, random_batch, random_lora, tiny_backbone
 
 
@@ -26,14 +26,11 @@ def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(
     plain = all_logits(tiny_backbone(name), batch.x0, batch.valid)
     assert not torch.allclose(expected, plain, atol=1e-2)
     save_adapter(backbone, tmp_path / "adapter")
-    assert {p.name
-            for p in (tmp_path / "adapter").iterdir()} >= {
-                "adapter_config.json", "adapter_model.safetensors"
-            }
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors"}
     keys = load_file(tmp_path / "adapter/adapter_model.safetensors").keys()
-    assert not any(
-        key.startswith(f"base_model.model.{FAMILIES[backbone.config.family].head}.")
-        for key in keys)
+    head = f"base_model.model.{FAMILIES[backbone.config.family].head}."
+    assert not any(key.startswith(head) for key in keys)
     if name == "llada-moe":
         assert "base_model.model.model.layers.3.mlp.experts.5.up_proj.lora_A.weight" in keys
         assert ("base_model.model.model.layers.3.mlp.gate.lora_A.weight" in keys) == router
@@ -42,7 +39,7 @@ def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(
     other = tiny_backbone(name)
     other.network = PeftModel.from_pretrained(other.network, tmp_path / "adapter")
     torch.testing.assert_close(all_logits(other, batch.x0, batch.valid), expected)
-    # Merged: into the weights of a checkpoint on disk, before they would be quantised.
+    # Merging adds the adapter to the weights of a checkpoint on disk, before they are quantised.
     weights = hub_weights(tiny_backbone(name).network)
     network = build_network(backbone.config)
     source = merge_adapter(lambda key, shape: weights[key], str(tmp_path / "adapter"), network,
@@ -57,29 +54,27 @@ def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
     source = tmp_path / "adapter"
     save_adapter(random_lora(tiny_backbone("llada-moe")), source)
+    up = "base_model.model.model.layers.{}.mlp.experts.0.up_proj.lora_A.weight"
+    extra = {up.format(9): torch.zeros(4, 64)}
+    on_head = {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}
+    other_base = "x/LLaDA-MoE-Instruct"
     cases = {
         "made for another model|adapts": lambda c, w: None,  # LLaDA2.1 below
         "only plain LoRA": lambda c, w: c.update(use_dora=True),
         "modules_to_save": lambda c, w: c.update(modules_to_save=["lm_head"]),
         "r 0": lambda c, w: c.update(r=0),
-        "keys do not fit": lambda c, w: w.pop(
-            "base_model.model.model.layers.0.mlp.experts.0.up_proj.lora_A.weight"),
-        "1 of .* keys do not fit": lambda c, w: w.update({
-            "base_model.model.model.layers.9.mlp.experts.0.up_proj.lora_A.weight": torch.zeros(
-                4, 64)
-        }),
-        "adapts .*lm_head": lambda c, w: w.update(
-            {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}),
+        "keys do not fit": lambda c, w: w.pop(up.format(0)),
+        "1 of .* keys do not fit": lambda c, w: w.update(extra),
+        "adapts .*lm_head": lambda c, w: w.update(on_head),
         "initialised by .pissa": lambda c, w: c.update(init_lora_weights="pissa"),
-        "was made for x/LLaDA-MoE-Instruct": lambda c, w: c.update(base_model_name_or_path=
-                                                                   "x/LLaDA-MoE-Instruct")
+        f"was made for {other_base}": lambda c, w: c.update(base_model_name_or_path=other_base),
     }
     for says, change in cases.items():
         folder = tmp_path / "changed"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(source, folder)
-        config, weights = json.loads((folder / "adapter_config.json").read_text()), load_file(
-            folder / "adapter_model.safetensors")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        weights = load_file(folder / "adapter_model.safetensors")
         change(config, weights)
         (folder / "adapter_config.json").write_text(json.dumps(config))
         save_file(weights, folder / "adapter_model.safetensors")
@@ -94,15 +89,16 @@ def test_the_name_of_the_base_is_compared_where_it_says_something(tmp_path):
     backbone = random_lora(tiny_backbone("llada-moe"))
     save_adapter(backbone, tmp_path / "adapter")
     path = tmp_path / "adapter/adapter_config.json"
-    for theirs, ours, fits in ((None, "x/LLaDA-MoE-Base",
-                                True), ("models/my-moe", "x/LLaDA-MoE-Base",
-                                        True), ("other/LLaDA-MoE-Base", "x/LLaDA-MoE-Base", True),
-                               ("other/LLaDA-MoE-Chat", "x/LLaDA-MoE-Base",
-                                False), ("x/LLaDA-MoE-Base merged with y", "x/LLaDA-MoE-Base",
-                                         False), ("x/LLaDA-MoE-Base merged with y",
-                                                  "x/LLaDA-MoE-Base merged with y", True)):
-        path.write_text(
-            json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": theirs}))
+    base = "x/LLaDA-MoE-Base"
+    mixed = f"{base} merged with y"
+    for theirs, ours, fits in ((None, base, True),
+                               ("models/my-moe", base, True),
+                               ("other/LLaDA-MoE-Base", base, True),
+                               ("other/LLaDA-MoE-Chat", base, False),
+                               (mixed, base, False),
+                               (mixed, mixed, True)):
+        config = json.loads(path.read_text()) | {"base_model_name_or_path": theirs}
+        path.write_text(json.dumps(config))
         other = tiny_backbone("llada-moe")
         other.name = ours
         if fits:
@@ -222,16 +218,13 @@ def test_an_adapter_on_other_weights_of_the_same_shape_is_refused(tiny_models, t
 
 def test_lora_gradients_reach_every_adapted_layer():
     backbone = random_lora(tiny_backbone("llada-moe"), router=True)
-    # Without masks: these are all alike and would go to the same experts.
+    # The batch has no masks, for these are all alike and would go to the same experts.
     batch = random_batch([60, 60, 60])
     h = backbone.train().blocks(backbone.embed(batch.x0), batch.valid, 0, None)
     memdlm.token_nll(backbone, h, batch.x0, batch.valid).mean().backward()
-    without = [
-        n for n, p in backbone.named_parameters()
-        if p.requires_grad and (p.grad is None or not p.grad.any())
-    ]
-    assert not without and all(
-        ("lora_" in n) == p.requires_grad for n, p in backbone.named_parameters())
+    for name, p in backbone.named_parameters():
+        assert p.requires_grad == ("lora_" in name), name
+        assert not p.requires_grad or (p.grad is not None and p.grad.any()), name
 
 
 # ---- Scale, seed and scope, by hand -------------------------------------------------------------

@@ -984,23 +984,15 @@ def test_an_unknown_matrix_leaves_no_hook():
     assert count_hooks(model) == 0
 
 
-def test_matrices_that_the_forward_pass_skips():
-    """A matrix that no token reaches keeps its phi_0. If none is reached, that is an error.
-
-    In a real model it is an expert that no token chose.
-    """
-    model, s, batch = make_toy(), make_settings(), make_batch()
+def test_a_matrix_that_the_forward_pass_skips_is_an_error():
+    """Else a backbone that names the wrong matrices would silently have no memory."""
+    model, batch = make_toy(), make_batch()
     used, idle = model.matrices(1, "ffn"), nn.Linear(16, 16)
-    model.matrices = lambda first, scope: used | {"idle": idle}
-    phi, record = write_phi(model, s, batch)
-    start = memdlm.fresh_phi(model, s, SEEDS[:1])
-    assert record["skipped"] == 0
-    assert all(torch.equal(w, w0) for w, w0 in zip(phi["idle"], start["idle"]))
-    assert all(phi[name][1].any() for name in used)
-    model.matrices = lambda first, scope: {"idle": idle}
-    with pytest.raises(RuntimeError, match="no fast weight"):
-        write_phi(model, s, batch)
-    assert count_hooks(model) == 0
+    for some in (used, {}):
+        model.matrices = lambda first, scope: some | {"idle": idle}
+        with pytest.raises(RuntimeError, match="not have been used"):
+            write_phi(model, make_settings(), batch)
+        assert count_hooks(model) == 0
 
 
 def test_a_phi_for_another_number_of_samples_is_refused():

@@ -1,7 +1,6 @@
 """runs.py and settings.py: what a flag says reaches the model, the data, and the folder."""
 import json
 import os
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,8 @@ from backbones.experts import Stack
 from backbones.lora import add_lora, lora_weights, save_adapter
 from backbones.text import ChatData, chat_turns
 from runs import (
-    build, find_origin, latest_run, open_model, open_run, save_checkpoint, write_settings,
+    build, find_origin, latest_run, open_model, open_run, read_settings, save_checkpoint,
+    write_settings,
 )
 from settings import Settings, control_settings, settings_from_flags
 
