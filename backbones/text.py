@@ -274,8 +274,8 @@ class ChatData(Source):
                 f"median, {lengths[-1]} at most), {counts['long']} too long, {counts['cut']} cut, "
                 f"{counts['special']} with special tokens in their text, {counts['refused']} "
                 f"refused by the chat template, {bad} malformed; "
-                f"{'all turns' if self.turns == 'all' else 'the last turn'} of the assistant's "
-                "learned")
+                f"learned: {'all turns' if self.turns == 'all' else 'the last turn'} of the "
+                "assistant")
         if not self.tokenizer.templated:
             note += "; no usable chat template, so prompt and reply are joined by a blank line"
         return note

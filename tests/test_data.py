@@ -76,6 +76,8 @@ def test_both_readers_take_every_form_and_keep_white_space(record, turns, pair):
      "turn 2 of 'messages': 'content' is empty"),
     ({"messages": [turn("user", [{"type": "image", "text": "a"}]), turn("assistant", "b")]},
      "turn 1 of 'messages': 'content' must be text, not list"),
+    ({"messages": [turn("user", [{"type": "text", "text": "a", "file": "b"}]), *SYSTEM]},
+     "turn 1 of 'messages': 'content' must be text, not list"),
     ({"messages": [turn("user", "a"), {**turn("assistant", "b"), "tool_calls": [{}]}]},
      "turn 2 of 'messages' has tool_calls"),
     ({"messages": [turn("tool" * 99, "a"), turn("assistant", "b")]}, " ...; known are system"),
@@ -162,7 +164,8 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, content, says):
 
 def test_every_cell_of_a_table_of_text_is_text(tmp_path):
     """A number, and what other readers take for a missing value; an empty cell is no field."""
-    content = "\ufeffprompt,question,response\r\n2+2,,4\r\n\r\nNA,null,\"None, \"\"x\"\"\r\n\"\r\n"
+    content = ("\ufeffprompt,question,response,completion\r\n2+2,,4,\r\n\r\n"
+               "NA,null,\"None, \"\"x\"\"\r\n\",\r\n")
     (tmp_path / "a.csv").write_bytes(content.encode())
     expected = [("2+2", "", "4"), ("NA", "null", 'None, "x"\r\n')]
     assert read_pairs(tmp_path / "a.csv") == (expected, 0)
@@ -244,9 +247,13 @@ def test_a_large_set_of_the_hub_is_streamed_and_not_fetched(tmp_path, monkeypatc
 
 def test_a_small_file_cannot_unpack_to_any_size(tmp_path, monkeypatch):
     monkeypatch.setattr("data.UNPACKED", 1 << 20)
-    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(bytes(1 << 24)))
-    with pytest.raises(ValueError, match="unpacks to more than"):
-        read_pairs(tmp_path / "bomb.jsonl.gz")
+    line = json.dumps(ROWS[0]).encode() + b"\n"
+    for content in (bytes(1 << 24), line * (1 << 16)):
+        (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(content))
+        with pytest.raises(ValueError, match="unpacks to more than"):
+            read_pairs(tmp_path / "bomb.jsonl.gz")
+    (tmp_path / "long.jsonl").write_bytes(line * (1 << 15))  # no bound on a file that is as large
+    assert len(read_pairs(tmp_path / "long.jsonl")[0]) == 1 << 15
 
 
 def test_a_data_set_of_the_hub_by_subset_and_split(tmp_path, monkeypatch):
@@ -395,8 +402,8 @@ def test_all_turns_are_learned_where_that_is_asked(tiny_models, tmp_path, templa
         assert sample.answer == mask and sample.prompt + sample.rest == prompt + rest
         batch = data[turns].tests("held out", [0], False)
         assert batch.maskable[0].tolist() == [False] * len(sample.prompt) + mask
-    assert "all turns of the assistant's learned" in data["all"].note
-    assert "the last turn of the assistant's learned" in data["last"].note
+    assert "learned: all turns of the assistant" in data["all"].note
+    assert "learned: the last turn of the assistant" in data["last"].note
     cut = ChatData(backbone, records, len(prompt) + 5, truncate=True, turns="all").train(None, 0, 0)
     assert cut.answer == [True] * 3 + [False] * 2
 

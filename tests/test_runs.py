@@ -174,7 +174,8 @@ def test_data_in_a_folder_are_noticed_when_they_change(tmp_path, monkeypatch):
     (file.parent / "cache-1234.arrow").write_bytes(b"x")
     runs.check_origin(tmp_path / "run", s)
     whole = file.read_bytes()
-    for changed in (b"A" + whole[1:], whole[:-1] + b"C", whole + b"c"):
+    for changed in (b"A" + whole[1:], whole[:-1] + b"C", whole[:100] + b"b" + whole[100:],
+                    whole[:2 << 20] + b"b" + whole[2 << 20:]):
         file.write_bytes(changed)
         with pytest.raises(ValueError, match="started with another data .*, now "):
             runs.check_origin(tmp_path / "run", s)
