@@ -96,7 +96,11 @@ def begin(goes_on=False):
 
 
 def flush_output():
-    """Write what is left at the end. Nobody is there any more to catch an error."""
+    """Write what is left at the end. Nobody is there any more to catch an error.
+
+    It is the last function that is called at the end. After a signal the program leaves here:
+    Python forgets our handlers next, so the alarm that is set would kill it while it cleans up.
+    """
     try:
         sys.stdout.flush()
     except SystemExit:
@@ -104,6 +108,9 @@ def flush_output():
     except OSError as error:
         print(f"error: the output could not be written: {error}", file=sys.stderr)
         os._exit(2)
+    if ENDED_BY:
+        sys.stderr.flush()
+        os._exit(128 + ENDED_BY[-1])
 
 
 def catch_signals(handler):
@@ -126,10 +133,12 @@ def end_work(number, frame=None):
     if hasattr(signal, "SIGALRM"):  # Windows has none
         signal.signal(signal.SIGALRM, leave)
         signal.alarm(3)
+    ENDED_BY.append(number)
     print(f"\n{printable(LAST_WORDS[-1])}", file=sys.stderr)
     sys.exit(128 + number)
 
 
+ENDED_BY = []  # the signal that ends the program
 LAST_WORDS = ["stopped"]  # what is said at a signal; the last of them is in force
 
 

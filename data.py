@@ -28,16 +28,20 @@ has `ChatData` of backbones/text.py.
 """
 from __future__ import annotations
 
+import codecs
+import contextlib
+import csv
 import gzip
-import io
 import json
 import zlib
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from files import fetch_from_hub
+from console import say
+from files import fetch_from_hub, size_on_hub
 from memdlm import Batch
 
 PAD = 0  # the id that fills up a sample. No one reads it: `valid` is False there.
@@ -125,10 +129,14 @@ def parse_record(record):
     """
     if not isinstance(record, dict):
         raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
-    for key in ("messages", "conversations"):
-        if record.get(key) is not None:
-            return Record(read_turns(record[key], key), "")
     given = {key for key, value in record.items() if value is not None}
+    whole = [form for form in (("messages",), ("conversations",), *FORMS) if given.issuperset(form)]
+    if len(whole) > 1:
+        raise ValueError(f"the record has {' and '.join(whole[0])}, but also "
+                         f"{' and '.join(whole[1])}: nobody knows which is meant, so leave one out")
+    for key in ("messages", "conversations"):
+        if key in given:
+            return Record(read_turns(record[key], key), "")
     ask, reply = max(FORMS, key=lambda form: len(given.intersection(form)))
     if "text" in given and not given & {ask, reply}:
         return Record([{"role": "assistant", "content": text_field(record, "text")}], "")
@@ -153,12 +161,34 @@ def read_turns(turns, key):
         who, what = ("from", "value") if "from" in turn else ("role", "content")
         role = turn.get(who)
         if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"turn {number} of {key!r} has the {who} {role!r}; known are "
-                             f"{', '.join(ROLES)}")
-        found.append({"role": ROLES[role], "content": text_field(turn, what)})
+            raise ValueError(f"turn {number} of {key!r} has the {who} {shorten(repr(role))}; known "
+                             f"are {', '.join(ROLES)}")
+        for name in ("tool_calls", "function_call"):
+            if turn.get(name):
+                raise ValueError(f"turn {number} of {key!r} has {name}, which no model here is "
+                                 "taught; remove the record")
+        try:
+            turn = {what: join_parts(turn[what])} if what in turn else turn
+            found.append({"role": ROLES[role], "content": text_field(turn, what)})
+        except ValueError as error:
+            raise ValueError(f"turn {number} of {key!r}: {error}") from None
     if len(found) < 2 or found[-1]["role"] != "assistant":
         raise ValueError(f"{key!r} must be two turns or more, the last the assistant's")
     return found
+
+
+def join_parts(content):
+    """The text of a turn whose content is a list of texts, [{"type": "text", "text": ...}, ...].
+
+    Other content is returned as it is.
+    """
+    def is_part(part):
+        return isinstance(part, dict) and {*part} == {"type", "text"} and (
+            part["type"] == "text" and isinstance(part["text"], str))
+
+    if not isinstance(content, list) or not content or not all(map(is_part, content)):
+        return content
+    return "".join(part["text"] for part in content)
 
 
 def text_field(record, name, optional=False):
@@ -167,8 +197,8 @@ def text_field(record, name, optional=False):
     if optional and value is None:
         return ""
     if name not in record:
-        raise ValueError(f"no {name!r} in a record with {', '.join(map(str, record)) or 'nothing'}"
-                         f"; taken are {TAKEN}")
+        found = shorten(", ".join(map(str, record))) or "nothing"
+        raise ValueError(f"no {name!r} in a record with {found}; taken are {TAKEN}")
     if not isinstance(value, str):
         raise ValueError(f"{name!r} must be text, not {type(value).__name__}")
     if not value.strip():
@@ -176,6 +206,11 @@ def text_field(record, name, optional=False):
             return ""
         raise ValueError(f"{name!r} is empty: fill it in or remove the record")
     return clean_text(value)
+
+
+def shorten(text, most=200):
+    """The beginning of a text, for a line that a user reads."""
+    return text if len(text) <= most else text[:most] + " ..."
 
 
 def clean_text(text):
@@ -190,147 +225,138 @@ def clean_text(text):
 
 # ---- Data files ---------------------------------------------------------------------------------
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-DATA_FILES = ["*" + suffix for suffix in SUFFIXES] + ["*.json.gz", "*.jsonl.gz", "*.csv.gz"]
+READ_HERE = (".jsonl", ".json", ".csv")  # without the datasets library, and also with .gz
+SUFFIXES = (*READ_HERE, *(suffix + ".gz" for suffix in READ_HERE), ".parquet")
+DATA_FILES = ["*" + suffix for suffix in SUFFIXES]
+FILES = ".jsonl, .json or .csv (also with .gz), .parquet, or a folder of save_to_disk"
+UNPACKED = 1 << 32  # bytes of a line, or of a .gz file: a small one can claim to hold any number
+FETCHED = 1 << 30  # bytes of a data set on the hub that are fetched rather than streamed
 
 
-def read_data(name, parse=parse_record, skip_bad=False):
-    """parse(record) of each record of any data that people have, and how many were skipped.
+def read_data(name, parse=parse_record, skip_bad=False, most=0):
+    """parse(record) of the records of any data that people have, and how many were skipped.
 
-    name: a file of JSON lines or a JSON array, also with .gz; CSV; parquet; a folder that datasets
-    saved with save_to_disk; or an id of the hub, with id:split or id/subset:split if it has
-    several. ValueError, one line, says what cannot be read and where.
+    name: a file of JSON lines or a JSON array, or CSV, each also with .gz; parquet; a folder that
+    datasets saved with save_to_disk; or an id of the hub, with id:split or id/subset:split if it
+    has several. ValueError, one line, says what cannot be read and where.
+
+    most: the first records, so many, are read and no more of the data; 0 for all. They are the
+    same each time. With skip_bad, records that cannot be used are skipped and counted instead.
     """
     path = Path(name)
-    if path.is_file() and path.suffix not in (".csv", ".parquet"):
-        return read_records(path, parse, skip_bad)
     if not path.exists() and (path.suffix in (".gz", *SUFFIXES) or path.is_absolute()):
         raise ValueError(f"--data {name}: no such file")
-    rows = open_table(name, path) if path.exists() else open_hub_data(name)
-    if isinstance(rows, Path):  # the one JSON file of a data set
-        return read_records(rows, parse, skip_bad)
-    # A table has every column in every row: null where a record lacks the field.
-    places = ((f"row {number}", {key: value for key, value in row.items() if value is not None})
-              for number, row in enumerate(rows, 1))
-    return parse_all(name, places, parse, skip_bad)
+    places = read_path(path) if path.exists() else read_hub(name, most)
+    with contextlib.closing(places):
+        return parse_all(name, islice(places, most or None), parse, skip_bad)
 
 
-def open_table(name, path):
-    """The rows of a .csv or .parquet file, or of a folder of save_to_disk, through datasets."""
-    import datasets
-    try:
-        if path.is_dir():
-            found = datasets.load_from_disk(str(path))
-            return choose_split(name, found, "train") if isinstance(found, dict) else found
-        kind = path.suffix.removeprefix(".")
-        return datasets.load_dataset(kind, data_files=str(path), split="train")
-    except Exception as error:  # pyarrow, pandas and datasets each have their own
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise ValueError(f"cannot read {name}: {reason}; give a .jsonl, .json, .csv or .parquet "
-                         "file, or a folder of save_to_disk") from None
-
-
-def open_hub_data(name):
-    """The rows of a data set on the hub, or the path of its one JSON file, if that is all it has.
-
-    Its data files are fetched, and datasets reads them. Code of the data set is never run.
-    """
-    words, _, split = name.partition(":")
-    parts = words.split("/")
-    repo, subset = "/".join(parts[:2]), "/".join(parts[2:]) or None
-    instead = f"--data FILE.jsonl (.json, .csv, .parquet), whose records have {TAKEN}"
-    folder = fetch_from_hub(repo, "dataset", [*DATA_FILES, "README.md"], instead)
-    files = [path for pattern in DATA_FILES for path in sorted(folder.rglob(pattern))
-             if path.name not in ("dataset_infos.json", "config.json")]
-    if len(files) == 1 and not split and not subset and files[0].suffix in (".json", ".jsonl"):
-        return files[0]
-    import datasets
-    try:
-        found = datasets.load_dataset(str(folder), subset)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"data set {name} cannot be read: {reason}; say which part with "
-                         "id/subset:split, or download a file and give that") from None
-    return choose_split(name, found, split or "train")
-
-
-def choose_split(name, found, split):
-    """A split of a data set. ValueError names those that it has."""
-    if split not in found:
-        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(found)}: give one "
-                         "with id:split")
-    return found[split]
-
-
-def read_records(path, parse, skip_bad=False):
-    """parse(record) of each record of a JSONL file or JSON array, and how many were skipped.
-
-    Errors are one-line ValueErrors with the line (in an array: the record) at fault; with
-    skip_bad such records are skipped and counted instead.
-    """
-    text = _read_text(path)
-    is_array = text.lstrip().startswith("[")
-    places = _split_array(path, text) if is_array else _split_lines(text)
-    return parse_all(path, places, parse if is_array else lambda part: parse(_load_json(part)),
-                     skip_bad)
+def name_part(name, count, most):
+    """How to call what was read, if `count` records were read and `most` was the bound."""
+    return f"the first {most} records of {name} (--max-records)" if count == most else str(name)
 
 
 def parse_all(name, places, parse, skip_bad):
-    """parse(part) of each (place, part), and how many were skipped. ValueError if none is left."""
-    records, skipped = [], 0
+    """parse(part) of each (place, part), and how many were skipped. ValueError if none is left.
+
+    A part is a parsed record, or the error that says why there is none.
+    """
+    records, skipped = [], []
     for place, part in places:
         try:
+            if isinstance(part, Exception):
+                raise part
             records.append(parse(part))
         except (ValueError, RecursionError) as error:
             # JSON's own message would add a line number counted within this line.
-            reason = f"{name}, {place}: {getattr(error, 'msg', error)}"
+            reason = shorten(str(getattr(error, "msg", error)), 500)
             if not skip_bad:
-                raise ValueError(reason) from None
-            skipped += 1
+                raise ValueError(f"{name}, {place}: {reason}") from None
+            skipped.append((place, reason))
+    last = f"; the last, {skipped[-1][0]}: {skipped[-1][1]}" if skipped else ""
     if not records:
-        last = f"; the last: {reason}" if skipped else ""
-        raise ValueError(f"{name} has no usable records ({skipped} skipped{last}): taken are "
+        raise ValueError(f"{name} has no usable records ({len(skipped)} skipped{last}): taken are "
                          f"{TAKEN}")
-    return records, skipped
+    if skipped:
+        places = shorten(", ".join(place for place, _ in skipped), 60)
+        say(f"{name}: left out {places}{last}")
+    return records, len(skipped)
 
 
-def _read_text(path):
-    """The text of a UTF-8 file, without the byte order mark that some editors put first.
+def read_path(path):
+    """The records of a file or folder, one after the other: (place, part), for `parse_all`."""
+    if path.is_dir() or path.suffix == ".parquet":
+        return read_rows(path, read_folder if path.is_dir() else read_parquet)
+    kind = path.name.lower().removesuffix(".gz")
+    return read_csv(path) if kind.endswith(".csv") else read_json_file(path)
 
-    A file that ends in .gz is unpacked.
+
+# ---- Text files ---------------------------------------------------------------------------------
+
+def read_lines(path):
+    """The lines of a UTF-8 file, one after the other, with their ends.
+
+    A file that ends in .gz is unpacked as far as it is read. The byte order mark that some editors
+    put first is left out.
     """
+    packed, size, number = path.suffix == ".gz", 0, 0
     try:
-        content = Path(path).read_bytes()
-        if Path(path).suffix == ".gz":
-            content = _unpack(path, content)
-        return content.decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
+        with (gzip.open if packed else open)(path, "rb") as file:
+            # Only \n ends a line: JSON texts may hold the other characters that end one.
+            while line := file.readline(UNPACKED + 1):
+                number, size = number + 1, size * packed + len(line)
+                if size > UNPACKED:
+                    raise ValueError(f"{path} unpacks to more than {UNPACKED >> 30} GiB, or has a "
+                                     "line as long; split it")
+                yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}, line {number}: not UTF-8; give UTF-8 text as {FILES}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', 0) or error}") from None
 
 
-UNPACKED = 1 << 32  # bytes that a .gz file may unpack to: a small one can claim any number
+def read_json_file(path):
+    """The records of a JSONL file, whose blank lines do not count, or of a JSON array."""
+    lines, begun = read_lines(path), False
+    for number, whole_line in enumerate(lines, 1):
+        line = whole_line.strip()
+        if line.startswith("[") and not begun:
+            yield from _split_array(path, "\n" * (number - 1) + whole_line + "".join(lines))
+            return
+        if line and not begun and not line.startswith("{") and path.suffix and not (
+                path.name.endswith(SUFFIXES)):
+            raise ValueError(f"cannot read {path}: it does not begin as JSON does; give {FILES}")
+        begun = begun or bool(line)
+        if line:
+            yield f"line {number}", _load_line(line)
 
 
-def _unpack(path, content):
-    """The content of a .gz file. ValueError if it is damaged, or larger than UNPACKED."""
+def read_csv(path):
+    """The rows of a CSV file as records. Every cell is text, and an empty one is no field."""
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(read_lines(path), strict=True)
+    names = _next_row(rows)
+    if not isinstance(names, list) or len({*names}) < len(names):
+        raise ValueError(f"cannot read {path}: its first line must name the columns, each by a "
+                         "name of its own")
+    number = 0
+    while (cells := _next_row(rows)) is not None:
+        number += cells != []  # a blank line
+        if isinstance(cells, Exception):
+            yield f"row {number}", cells
+        elif len(cells) > len(names):
+            yield f"row {number}", ValueError(f"it has {len(cells)} cells for the {len(names)} "
+                                              f"columns {', '.join(names)}")
+        elif cells:
+            yield f"row {number}", {key: cell for key, cell in zip(names, cells) if cell}
+
+
+def _next_row(rows):
+    """The cells of the next row of a CSV file, the error that it has, or None at the end."""
     try:
-        with gzip.open(io.BytesIO(content)) as file:
-            text = file.read(UNPACKED + 1)
-    except (EOFError, zlib.error) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    if len(text) > UNPACKED:
-        raise ValueError(f"{path} unpacks to more than {UNPACKED >> 30} GiB; split it")
-    return text
-
-
-def _split_lines(text):
-    """The lines of a JSONL file that are not blank: [("line 1", text), ...]."""
-    # Not splitlines(), which would also split at line separators inside a JSON text.
-    lines = [line.strip() for line in text.split("\n")]
-    return [(f"line {n}", line) for n, line in enumerate(lines, 1) if line]
+        return next(rows, None)
+    except csv.Error as error:
+        return ValueError(f"the row is no CSV: {error}")
 
 
 def _split_array(path, text):
@@ -343,6 +369,77 @@ def _split_array(path, text):
         raise ValueError(f"{path}: unusable JSON array: {error}") from None
     return [(f"record {n}", record) for n, record in enumerate(records, 1)]
 
+
+def _load_line(line):
+    """A parsed line of JSON, or the error that says what is wrong with it."""
+    try:
+        return _load_json(line)
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+# ---- Tables -------------------------------------------------------------------------------------
+
+def read_rows(name, open_rows, instead=FILES):
+    """The rows of a table as records. ValueError if open_rows(name) cannot open or read it."""
+    try:
+        for number, row in enumerate(open_rows(name), 1):
+            # A table has every column in every row: null where a record lacks the field.
+            yield f"row {number}", {key: value for key, value in row.items() if value is not None}
+    except Exception as error:  # pyarrow, pandas and datasets each have their own
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ValueError(f"cannot read {name}: {reason}; give {instead}") from None
+
+
+def read_parquet(path):
+    """The rows of a parquet file, a few at a time."""
+    from pyarrow.parquet import ParquetFile
+    for batch in ParquetFile(path).iter_batches(batch_size=256):
+        yield from batch.to_pylist()
+
+
+def read_folder(path):
+    """The rows of a folder of save_to_disk: its own, or those of its split `train`."""
+    import datasets
+    found = datasets.load_from_disk(str(path))
+    return choose_split(path, found, "train") if isinstance(found, dict) else found
+
+
+def read_hub(name, most):
+    """The records of a data set on the hub: (place, part). Code of the data set is never run.
+
+    Its data files are fetched, and datasets reads them, or we do if there is only one. A set that
+    is larger than FETCHED is not fetched: as much as is needed is streamed.
+    """
+    words, _, split = name.partition(":")
+    parts = words.split("/")
+    repo, subset = "/".join(parts[:2]), "/".join(parts[2:]) or None
+    source = repo
+    if not most or size_on_hub(repo, "dataset", DATA_FILES) <= FETCHED:
+        instead = f"--data FILE ({FILES}), whose records have {TAKEN}"
+        folder = source = fetch_from_hub(repo, "dataset", [*DATA_FILES, "README.md"], instead)
+        files = [path for pattern in DATA_FILES for path in sorted(folder.rglob(pattern))
+                 if path.name not in ("dataset_infos.json", "config.json")]
+        if len(files) == 1 and not split and not subset and files[0].suffix != ".parquet":
+            return read_path(files[0])
+
+    def open_rows(name):
+        import datasets
+        found = datasets.load_dataset(str(source), subset, streaming=True)
+        return choose_split(name, found, split or "train")
+
+    return read_rows(name, open_rows, "a part of it with id/subset:split, or download a file")
+
+
+def choose_split(name, found, split):
+    """A split of a data set. ValueError names those that it has."""
+    if split not in found:
+        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(found)}: give one "
+                         "with id:split")
+    return found[split]
+
+
+# ---- JSON ---------------------------------------------------------------------------------------
 
 def _load_json(text):
     """Parsed JSON. ValueError if two fields of an object have one name."""

@@ -193,7 +193,30 @@ def take_lock(path):
 
 def file_checksum(path):
     """CRC-32 of a file, as 8 hexadecimal digits."""
-    return f"{crc32(Path(path).read_bytes()):08x}"
+    checksum = 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            checksum = crc32(part, checksum)
+    return f"{checksum:08x}"
+
+
+def folder_checksum(folder, most=1 << 20):
+    """CRC-32 of a folder, as 8 hexadecimal digits.
+
+    It is over the names and sizes of all files in it, and over the first and the last bytes of
+    each, `most` of them. What the datasets library may have put there for itself does not count.
+    """
+    checksum = 0
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file() and not path.name.startswith(("cache-", "tmp")):
+            size = path.stat().st_size
+            checksum = crc32(f"{path.relative_to(folder).as_posix()} {size} ".encode(
+                errors="surrogateescape"), checksum)
+            with open(path, "rb") as file:
+                checksum = crc32(file.read(most), checksum)
+                file.seek(max(0, size - most))
+                checksum = crc32(file.read(most), checksum)
+    return f"{checksum:08x}"
 
 
 def read_json(path, finite=True):
@@ -286,6 +309,17 @@ def fetch_from_hub(name, kind, wanted, instead):
         reason = str(error).strip().splitlines()[0][:160]
         raise ValueError(f"{kind} {name!r} is not here and could not be fetched from the hub "
                          f"({reason}); give {instead}") from None
+
+
+def size_on_hub(name, kind, wanted):
+    """The bytes of a repository's files on the hub that match, or 0 if the hub does not say."""
+    from huggingface_hub import HfApi
+    try:
+        found = HfApi().repo_info(name, repo_type=kind, files_metadata=True, timeout=5).siblings
+    except (OSError, ValueError, RuntimeError):  # it is out of reach, or there is no such name
+        return 0
+    return sum(file.size or 0 for file in found
+               if any(Path(file.rfilename).match(pattern) for pattern in wanted))
 
 
 @contextlib.contextmanager

@@ -24,13 +24,13 @@ from pathlib import Path
 import torch
 
 import console
-from data import read_data
+from data import name_part, read_data
 from files import (
-    MOST_SAVED, file_checksum, lock_folder, open_tensors, read_json, read_tensor, refuse_links,
-    remove_unfinished, write_json, write_tensors, write_text, write_whole,
+    MOST_SAVED, file_checksum, folder_checksum, lock_folder, open_tensors, read_json, read_tensor,
+    refuse_links, remove_unfinished, write_json, write_tensors, write_text, write_whole,
 )
 from memdlm import MemDLM
-from settings import Settings
+from settings import RECIPES, Settings
 
 
 # ---- Settings -> model --------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def build_toy(s):
     """The tiny model. With --toy-lora: a LoRA on the frozen weights of another run."""
     from toy.data import ToyData
     from toy.model import ToyConfig, ToyDLM
-    data = ToyData(s.data, s.prompt_length, s.response_length, s.skip_bad)
+    data = ToyData(s.data, s.prompt_length, s.response_length, s.skip_bad, s.max_records)
     vocab_size, mask_id = data.tokenizer.vocab_size, data.tokenizer.mask_id
     model = MemDLM(ToyDLM(ToyConfig(vocab_size, mask_id, s.width, s.layers, s.heads), s.seed), s)
     if s.toy_lora:
@@ -84,7 +84,7 @@ def build_real(s, training, device, say):
         if s.load_4bit and not s.lora and (s.merge or not s.from_adapter):
             raise ValueError("4-bit weights cannot be trained themselves: leave out --no-lora or "
                              "--load-4bit")
-        records, bad = read_data(s.data, chat_turns, s.skip_bad)
+        records, bad = read_data(s.data, chat_turns, s.skip_bad, s.max_records)
         room = None
         if torch.cuda.is_available():
             room = torch.cuda.get_device_properties(device or 0).total_memory
@@ -100,8 +100,9 @@ def build_real(s, training, device, say):
     elif not s.load_4bit:
         backbone.requires_grad_(True)
     say(describe(backbone))
-    data = ChatData(backbone, records, s.max_length, s.truncate, s.split_seed, s.data, bad, s.seed,
-                    s.skip_bad)
+    where = name_part(s.data, len(records) + bad, s.max_records)
+    data = ChatData(backbone, records, s.max_length, s.truncate, s.split_seed, where, bad, s.seed,
+                    s.skip_bad, s.turns)
     return data, MemDLM(backbone, s)
 
 
@@ -372,6 +373,8 @@ def find_origin(s):
         origin["python"] = sys.version.split()[0]
     elif Path(s.data).is_file():
         origin["data"] = file_checksum(s.data)
+    elif s.data not in RECIPES and Path(s.data).is_dir():
+        origin["data"] = folder_checksum(s.data)
     return origin
 
 

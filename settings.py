@@ -64,8 +64,10 @@ class Settings(memdlm.Settings):
         "which may live in the host's memory (paged)", ["adamw", "adamw8bit", "paged_adamw8bit"])
 
     data: str = setting("data", "dictionary", "dictionary, languages, retrieval, prose, python, "
-        "pydoc (toy); a .jsonl, .json (also .gz), .csv or .parquet file; a folder of save_to_disk; "
-        "or a hub id, id:split or id/subset:split")
+        "pydoc (toy); a .jsonl, .json or .csv file (also .gz), or .parquet; a folder of "
+        "save_to_disk; or a hub id, id:split or id/subset:split")
+    max_records: int = setting("data", 100_000, "records that are read of a file or a data set, "
+        "from its beginning; 0 for all", low=0, high=1e9)
     skip_bad: bool = setting("data", False, "leave out records of a data file that cannot be used "
         "instead of stopping at the first")
     prompt_length: int = setting("data", 256, "toy, text: longest prompt in bytes",
@@ -76,6 +78,8 @@ class Settings(memdlm.Settings):
         "included; longer ones are left out", low=1, high=1 << 20)
     truncate: bool = setting("data", False, "cut the response of longer samples instead, as the "
         "published script does")
+    turns: str = setting("data", "last", "real models: which of the assistant's turns are learned: "
+        "the last, as in the paper, or all", ["last", "all"])
     split_seed: int = setting("data", 42, "real models: which 5 % of the data are held out",
         low=-1e18, high=1e18)
     eos_loss: bool = setting("data", False, "padding is end tokens that are noised and predicted "
@@ -126,6 +130,8 @@ class Settings(memdlm.Settings):
         if self.model == "toy" and (self.load_4bit or self.from_adapter):
             raise ValueError("--load-4bit and --from-adapter are for real models; the toy trains "
                              "all of its weights")
+        if self.model == "toy" and self.turns == "all":
+            raise ValueError("--turns all is for real models; a sample of the toy has one response")
         if self.toy_lora and (self.model != "toy" or not self.from_run):
             raise ValueError("--toy-lora is for a toy that starts --from-run")
         if self.from_run and self.model != "toy":

@@ -69,7 +69,7 @@ class Tokenizer:
         """
         example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            _, reply = self.apply_template(example)
+            _, reply, _ = self.apply_template(example)
         except ValueError:
             return False
         said = self.encode("b")
@@ -113,7 +113,8 @@ class Tokenizer:
             self.refuse_special(clean_text(message["content"]))
         is_plain_text = [message["role"] for message in messages] == ["assistant"]
         if self.templated and not is_plain_text:
-            return self.apply_template(messages)
+            prompt, rest, _ = self.apply_template(messages)
+            return prompt, rest
         reply = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
         turns = messages[:-1] if reply else messages
         prompt = "".join(turn["content"] + "\n\n" for turn in turns)
@@ -139,19 +140,55 @@ class Tokenizer:
             raise ValueError("the model's chat template refuses these messages: "
                              f"{reason}") from None
 
-    def apply_template(self, messages):
-        """The same as `chat`, by the chat template."""
-        has_reply = messages[-1]["role"] == "assistant"
-        before = messages[:-1] if has_reply else messages
-        prompt = self.render(before, add_generation_prompt=True)
-        whole = self.render(messages) if has_reply else prompt
-        if not whole.startswith(prompt):
-            raise ValueError("the model's chat template does not put a reply behind its generation "
-                             "prompt")
-        ids = self.encode(whole[len(prompt):])
-        ends = [i for i, token in enumerate(ids) if token in self.stop_ids]
-        # Some templates go on with the next turn's header.
-        return self.encode(prompt), ids[:ends[0] + 1] if ends else ids
+    def chat_all(self, messages):
+        """The same, with all of the assistant's turns: ids of what comes before the first of them,
+        ids of the rest, and which of the rest the assistant says. ValueError without a template.
+        """
+        if not self.templated or [turn["role"] for turn in messages] == ["assistant"]:
+            prompt, reply = self.chat(messages)
+            if sum(turn["role"] == "assistant" for turn in messages) > 1:
+                raise ValueError("--turns all needs a chat template, which says where a turn ends; "
+                                 "this model has none that does")
+            return prompt, reply, [True] * len(reply)
+        for message in messages:
+            self.refuse_special(clean_text(message["content"]))
+        return self.apply_template(messages, all_turns=True)
+
+    def apply_template(self, messages, all_turns=False):
+        """Messages through the chat template -> ids of the prompt, ids of the rest, said.
+
+        The prompt ends where the assistant's last turn begins; with all_turns, where the first
+        does. `said` marks what the assistant says in the rest, with the end of each turn. What the
+        template puts behind the last end is left out:
+
+            prompt   <user>One?<end><assistant>
+            rest     1<end><user>Two?<end><assistant>2<end>
+            said     1  1     0   0    0      0      1  1
+        """
+        replies = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+        if not messages or messages[-1]["role"] != "assistant":
+            return self.encode(self.render(messages, add_generation_prompt=True)), [], []
+        whole, starts = self.render(messages), []
+        for i in replies if all_turns else replies[-1:]:
+            before = self.render(messages[:i], add_generation_prompt=True)
+            if not whole.startswith(before):
+                raise ValueError("the model's chat template does not put a reply behind its "
+                                 "generation prompt")
+            starts.append(len(before))
+        rest, said = [], []
+        end_names = tuple(token for token, i in self.added.items() if i in self.stop_ids)
+        for i, start, end in zip(replies[-len(starts):], starts, [*starts[1:], None]):
+            # The reply, and behind its end all that comes before the next one.
+            ids = self.encode(whole[start:end])
+            ends = [i for i, token in enumerate(ids) if token in self.stop_ids]
+            behind = whole[start:end].partition(messages[i]["content"].strip())[2]
+            if end is not None and not behind.lstrip().startswith(end_names):
+                raise ValueError("the model's chat template leaves out an earlier turn, or its end")
+            length = ends[0] + 1 if ends else len(ids)
+            # Some templates go on with the next turn's header.
+            ids = ids if end is not None else ids[:length]
+            rest, said = rest + ids, said + [i < length for i in range(len(ids))]
+        return self.encode(whole[:starts[0]]), rest, said
 
 
 # ---- Data ---------------------------------------------------------------------------------------
@@ -172,12 +209,15 @@ class ChatData(Source):
     words, metric, kind = False, "nats", "chat"
 
     def __init__(self, backbone, records=(), max_length=4096, truncate=False, split_seed=42,
-                 where="", bad=0, seed=0, skip_bad=False):
+                 where="", bad=0, seed=0, skip_bad=False, turns="last"):
         """records: lists of chat messages. where: the name of the data.
 
         bad: how many records were left out before. ValueError if fewer than two samples are left,
-        or, unless skip_bad, if the template refuses a record.
+        or, unless skip_bad, if the template refuses a record. turns: which of the assistant's
+        turns are learned, the last or all. With all, an earlier turn is predicted with sight of
+        the later ones, since a masked model looks both ways.
         """
+        self.turns = turns
         self.tokenizer, self.seed = backbone.tokenizer, seed
         self.window, self.columns = backbone.config.max_length, {"held out": {}}
         if self.tokenizer is None:
@@ -202,7 +242,7 @@ class ChatData(Source):
         bar = tqdm(records, desc="reading", unit="record", delay=1)
         for number, turns in enumerate(bar, 1):
             try:
-                prompt, reply = self.tokenizer.chat(turns)
+                prompt, reply, said = self.encode_turns(turns)
             except SpecialToken:
                 counts["special"] += 1
                 continue
@@ -216,9 +256,15 @@ class ChatData(Source):
                 counts["long"] += 1
                 continue
             counts["cut"] += len(reply) > room
-            reply = reply[:room]
-            samples.append(Sample(prompt, reply, [True] * len(reply)))
+            samples.append(Sample(prompt, reply[:room], said[:room]))
         return samples, counts
+
+    def encode_turns(self, turns):
+        """The turns of a record -> ids of the prompt, ids of the rest, which of these to learn."""
+        if self.turns == "all":
+            return self.tokenizer.chat_all(turns)
+        prompt, reply = self.tokenizer.chat(turns)
+        return prompt, reply, [True] * len(reply)
 
     def describe(self, where, samples, counts, bad):
         """One line about the data."""
@@ -227,7 +273,9 @@ class ChatData(Source):
                 f"{len(self.pairs['test'])} held out; {lengths[len(lengths) // 2]} tokens in the "
                 f"median, {lengths[-1]} at most), {counts['long']} too long, {counts['cut']} cut, "
                 f"{counts['special']} with special tokens in their text, {counts['refused']} "
-                f"refused by the chat template, {bad} malformed")
+                f"refused by the chat template, {bad} malformed; "
+                f"learned: {'all turns' if self.turns == 'all' else 'the last turn'} of the "
+                "assistant")
         if not self.tokenizer.templated:
             note += "; no usable chat template, so prompt and reply are joined by a blank line"
         return note

@@ -599,6 +599,23 @@ def test_signals_save_within_training(cli, tmp_path, monkeypatch, handlers, numb
     assert read_checkpoint(tmp_path / "r/model.safetensors")[1]["step"] == 4
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_is_told_by_the_exit_code_however_long_python_cleans_up(tmp_path, number):
+    """Some module takes four seconds to go, when Python has forgotten our handlers."""
+    code = f"""
+import os, time
+class Slow:
+    def __del__(self, sleep=time.sleep): sleep(4)
+sys.modules["slow"] = Slow()
+open({str(tmp_path / "o")!r}, "w").write("kept")
+os.kill(os.getpid(), {int(number)})
+time.sleep(9)"""
+    run = begin_and_run(code, False, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = run.communicate()
+    assert (run.returncode, out, err.strip()) == (128 + number, "", "stopped")
+    assert (tmp_path / "o").read_text() == "kept"
+
+
 def test_a_hang_up_that_is_ignored_stays_ignored(cli, monkeypatch, handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     send = lambda *arguments: os.kill(os.getpid(), signal.SIGHUP)

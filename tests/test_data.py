@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from backbones.checkpoint import load_backbone
 from backbones.text import ChatData, SpecialToken, chat_turns
 from backbones.tiny import TEMPLATE
 from data import FORMS, parse_record, read_data
+from settings import Settings
 from toy.data import ToyData
 from toy.text import make_pair, read_pairs
 
@@ -49,6 +51,9 @@ SHAREGPT = [{"from": "system", "value": "Be brief."}, {"from": "human", "value":
      [turn("user", "a\n\nq?"), turn("assistant", "b")], ("a", "q?", "b")),
     ({"messages": SYSTEM}, SYSTEM, ("Be brief.\n\nOne?\n\n1\n\nTwo?", "", "2")),
     ({"conversations": SHAREGPT}, SYSTEM, ("Be brief.\n\nOne?\n\n1\n\nTwo?", "", "2")),
+    ({"messages": [turn("user", [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]),
+                   turn("assistant", [{"type": "text", "text": "c"}])], "prompt": "a"},
+     [turn("user", "a b"), turn("assistant", "c")], ("a b", "", "c")),
     ({"text": "Once upon a time"}, [turn("assistant", "Once upon a time")],
      ("", "", "Once upon a time")),
 ])
@@ -67,6 +72,19 @@ def test_both_readers_take_every_form_and_keep_white_space(record, turns, pair):
     ({"messages": [turn("user", "a"), turn("assistant", " ")]}, "'content' is empty"),
     ({"messages": [turn("user", ["a"]), turn("assistant", "b")]}, "must be text, not list"),
     ({"messages": [turn(["user"], "a"), turn("assistant", "b")]}, "has the role ['user']"),
+    ({"messages": [turn("user", "a"), turn("assistant", ""), *SYSTEM]},
+     "turn 2 of 'messages': 'content' is empty"),
+    ({"messages": [turn("user", [{"type": "image", "text": "a"}]), turn("assistant", "b")]},
+     "turn 1 of 'messages': 'content' must be text, not list"),
+    ({"messages": [turn("user", [{"type": "text", "text": "a", "file": "b"}]), *SYSTEM]},
+     "turn 1 of 'messages': 'content' must be text, not list"),
+    ({"messages": [turn("user", "a"), {**turn("assistant", "b"), "tool_calls": [{}]}]},
+     "turn 2 of 'messages' has tool_calls"),
+    ({"messages": [turn("tool" * 99, "a"), turn("assistant", "b")]}, " ...; known are system"),
+    ({"prompt": "a", "response": "b", "completion": "c"},
+     "has prompt and response, but also prompt and completion"),
+    ({"messages": SYSTEM, "conversations": SHAREGPT}, "has messages, but also conversations"),
+    ({f"key{i}": 1 for i in range(999)}, " ...; taken are prompt and response"),
     ({"text": "\ud83d"}, "half of a surrogate pair"),
     ({"conversations": [{"from": "human", "value": "\ud83d"}, {"from": "gpt", "value": "b"}]},
      "half of a surrogate pair"),
@@ -100,13 +118,17 @@ def write_data(kind, folder):
             table.writeheader()
             table.writerows(ROWS)
     elif kind.endswith(".gz"):
-        path.write_bytes(gzip.compress(lines.encode()))
+        plain = write_data(kind.removesuffix(".gz"), folder)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
     else:
         path.write_text(json.dumps(ROWS) if kind == "json" else lines)
     return path
 
 
-@pytest.mark.parametrize("kind", ["json", "jsonl", "jsonl.gz", "csv", "parquet", "saved", "splits"])
+KINDS = ["json", "jsonl", "csv", "json.gz", "jsonl.gz", "csv.gz", "parquet", "saved", "splits"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_file_gives_the_same_records(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     path = write_data(kind, tmp_path)
@@ -123,6 +145,14 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path, monkeypatch, kind):
     ("a.jsonl.gz", gzip.compress(b'{"prompt": "a", "response": "b"}')[:-9], "cannot read"),
     ("a.parquet", b"PAR1 not really", "cannot read"),
     ("a.csv", b"prompt,answer\na,b\n", "row 1: no 'response' in a record with prompt, answer"),
+    ("a.csv", b"prompt,response\na,b,c\n", "row 1: it has 3 cells for the 2 columns prompt"),
+    ("a.csv", b'prompt,response\na,b\n\na,"b\n', "row 2: the row is no CSV: unexpected end"),
+    ("a.csv", b"prompt,prompt\na,b\n", "each by a name of its own"),
+    ("a.csv.gz", b"prompt,response\na,b\n", "Not a gzipped file"),
+    ("a.tsv", b"prompt\tresponse\na\tb\n", "does not begin as JSON does; give .jsonl, .json"),
+    ("a.tsv.gz", gzip.compress(b"prompt\tresponse\n"), "does not begin as JSON does; give .jsonl"),
+    ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "line 1: not UTF-8; give UTF-8 text as .jsonl"),
+    ("a.txt", b"Once upon a time", "does not begin as JSON does; give .jsonl, .json or .csv"),
 ])
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
@@ -132,11 +162,98 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, content, says):
     assert len(str(error.value)) < 500
 
 
+def test_every_cell_of_a_table_of_text_is_text(tmp_path):
+    """A number, and what other readers take for a missing value; an empty cell is no field."""
+    content = ("\ufeffprompt,question,response,completion\r\n2+2,,4,\r\n\r\n"
+               "NA,null,\"None, \"\"x\"\"\r\n\",\r\n")
+    (tmp_path / "a.csv").write_bytes(content.encode())
+    expected = [("2+2", "", "4"), ("NA", "null", 'None, "x"\r\n')]
+    assert read_pairs(tmp_path / "a.csv") == (expected, 0)
+    assert read_pairs(write_long_cell(tmp_path / "b.csv"))[0][0][0] == "x" * 200_000
+
+
+def write_long_cell(path):
+    path.write_text("prompt,response\n" + "x" * 200_000 + ",y\n")
+    return path
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path, capsys):
+    lines = [json.dumps(row) for row in ROWS]
+    lines[3], lines[7] = "{", json.dumps({"prompt": "a", "answer": 1})
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert read_pairs(tmp_path / "a.jsonl", skip_bad=True)[1] == 2
+    line = capsys.readouterr().out
+    assert "left out line 4, line 8; the last, line 8: no 'response' in a record with" in line
+
+
+# ---- The first records --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_first_records_are_read_where_there_is_a_bound(tmp_path, kind):
+    path = write_data(kind, tmp_path)
+    for most, count in ((7, 7), (30, 30), (99, 30), (0, 30)):
+        assert read_pairs(path, most=most) == (PAIRS[:count], 0)
+    cut, whole = (ToyData(str(path), max_records=most).note for most in (7, 31))
+    assert cut.startswith(f"the first 7 records of {path} (--max-records): 7 pairs kept")
+    assert whole.startswith(f"{path}: 30 pairs kept")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "csv.gz"])
+def test_what_comes_behind_the_bound_is_not_read(tmp_path, monkeypatch, kind):
+    """Neither bytes that are no text, nor more bytes than may be unpacked."""
+    monkeypatch.setattr("data.UNPACKED", 1 << 16)
+    path = write_data(kind.removesuffix(".gz"), tmp_path)
+    content = path.read_bytes() + b"\n\xff\n" + b"x\n" * (1 << 16)
+    path = tmp_path / f"long.{kind}"
+    path.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+    assert read_pairs(path, most=20) == (PAIRS[:20], 0)
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_pairs(path)
+
+
+def test_a_large_set_of_the_hub_is_streamed_and_not_fetched(tmp_path, monkeypatch):
+    """A set of two files of 30 rows, which says that it is large."""
+    import datasets
+    import huggingface_hub
+    files = [write_data("jsonl", tmp_path), tmp_path / "other.jsonl"]
+    shutil.copy(files[0], files[1])
+    asked, load, seen = [], datasets.load_dataset, []
+
+    class Hub:
+        def repo_info(self, name, **options):
+            asked.append(name)
+            found = [SimpleNamespace(rfilename=f"data/{path.name}", size=1 << 29) for path in files]
+            more = [SimpleNamespace(rfilename=name, size=1 << 40) for name in ("a.bin", "b.md")]
+            return SimpleNamespace(siblings=[*found, *more])
+
+    def load_streamed(name, subset, streaming):
+        assert (name, subset, streaming) == ("some/data", None, True)
+        rows = load("json", data_files=list(map(str, files)), streaming=True)
+        return {"train": map(lambda row: seen.append(row) or row, rows["train"])}
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(datasets, "load_dataset", load_streamed)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
+    monkeypatch.setattr("data.FETCHED", (1 << 30) - 1)
+    for _ in range(2):  # the same again
+        assert read_data("some/data", make_pair, most=40) == (PAIRS + PAIRS[:10], 0)
+    assert len(seen) == 80 and asked == ["some/data"] * 2
+    monkeypatch.setattr("data.FETCHED", 1 << 30)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_data("some/data", make_pair, most=40) == (PAIRS + PAIRS[:10], 0)  # fetched
+    monkeypatch.setattr("data.FETCHED", 0)
+    assert read_data("some/data", make_pair) == (PAIRS * 2, 0)  # all of it is needed
+
+
 def test_a_small_file_cannot_unpack_to_any_size(tmp_path, monkeypatch):
     monkeypatch.setattr("data.UNPACKED", 1 << 20)
-    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(bytes(1 << 24)))
-    with pytest.raises(ValueError, match="unpacks to more than"):
-        read_pairs(tmp_path / "bomb.jsonl.gz")
+    line = json.dumps(ROWS[0]).encode() + b"\n"
+    for content in (bytes(1 << 24), line * (1 << 16)):
+        (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(content))
+        with pytest.raises(ValueError, match="unpacks to more than"):
+            read_pairs(tmp_path / "bomb.jsonl.gz")
+    (tmp_path / "long.jsonl").write_bytes(line * (1 << 15))  # no bound on a file that is as large
+    assert len(read_pairs(tmp_path / "long.jsonl")[0]) == 1 << 15
 
 
 def test_a_data_set_of_the_hub_by_subset_and_split(tmp_path, monkeypatch):
@@ -243,6 +360,73 @@ def test_the_names_of_special_tokens_stay_characters_where_they_are_shielded(fol
         tokenizer.chat([turn("user", text)])
     with pytest.raises(ValueError, match="surrogate"):
         tokenizer.encode("\ud83d")
+
+
+# ---- Turns --------------------------------------------------------------------------------------
+
+THREE = [turn("system", "S"), turn("user", "One?"), turn("assistant", "1!"), turn("user", "Two?"),
+         turn("assistant", "22"), turn("user", "3?"), turn("assistant", "333")]
+
+
+def bytes_said(parts):
+    """[(text, is it said)] -> a mask of one place per byte; a special token stands as one byte."""
+    return [said for text, said in parts for _ in text]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace(
+    "{% if add_generation_prompt %}", "").replace("{% endif %}", "")], ids=["usual", "always"])
+def test_all_turns_are_learned_where_that_is_asked(tiny_models, tmp_path, template):
+    """E stands for the end of a turn, < and > for <role> and </role>, each one token.
+
+    The second template puts the header of a reply behind the last turn, whatever is asked.
+    """
+    copy = change_tokenizer(tiny_models / "llada-moe", tmp_path / "m", template)[0]
+    backbone = load_backbone(str(copy))
+    tokenizer = backbone.tokenizer
+    head = "<SYSTEM>SE<HUMAN>One?E<ASSISTANT>"
+    parts = [("1!E", True), ("<HUMAN>Two?E<ASSISTANT>", False), ("22E", True),
+             ("<HUMAN>3?E<ASSISTANT>", False), ("333E", True)]
+    prompt, rest, said = tokenizer.chat_all(THREE)
+    assert len(prompt) == len(head) and said == bytes_said(parts)
+    whole = tokenizer.render(THREE)
+    assert whole.startswith(tokenizer.hf.decode(prompt + rest))
+    assert prompt + rest == tokenizer.encode(whole)[:len(prompt + rest)]
+    if template == TEMPLATE:
+        assert prompt + rest == tokenizer.encode(whole)
+    last = tokenizer.chat(THREE)
+    assert last[0] + last[1] == prompt + rest and len(last[1]) == 4
+    records = [THREE] * 3
+    data = {turns: ChatData(backbone, records, turns=turns) for turns in ("last", "all")}
+    for turns, mask in (("last", [True] * 4), ("all", said)):
+        sample = data[turns].train(None, 0, 0)
+        assert sample.answer == mask and sample.prompt + sample.rest == prompt + rest
+        batch = data[turns].tests("held out", [0], False)
+        assert batch.maskable[0].tolist() == [False] * len(sample.prompt) + mask
+    assert "learned: all turns of the assistant" in data["all"].note
+    assert "learned: the last turn of the assistant" in data["last"].note
+    cut = ChatData(backbone, records, len(prompt) + 5, truncate=True, turns="all").train(None, 0, 0)
+    assert cut.answer == [True] * 3 + [False] * 2
+
+
+def test_turns_that_cannot_be_told_apart_are_refused(folder):
+    """A template that shows earlier turns in another way, or without an end; or none at all."""
+    tokenizer = load_backbone(str(folder)).tokenizer
+    hidden = ("{% for m in messages %}<role>{% if m.role != 'assistant' or loop.last %}"
+              "{{ m.content }}{% endif %}<|role_end|>{% endfor %}"
+              "{% if add_generation_prompt %}<role>{% endif %}")
+    unended = TEMPLATE.replace("'<|role_end|>'",
+                               "('' if m['role'] == 'assistant' else '<|role_end|>')")
+    for template, says in ((hidden, "leaves out an earlier turn"), (unended, "or its end"),
+                           ("{{ messages | length }}" + TEMPLATE, "behind its generation")):
+        tokenizer.hf.chat_template = template
+        with pytest.raises(ValueError, match=says):
+            tokenizer.chat_all(THREE)
+    tokenizer.templated = False
+    with pytest.raises(ValueError, match="needs a chat template"):
+        tokenizer.chat_all(THREE)
+    assert tokenizer.chat_all(THREE[:3])[2] == [True] * 3
+    with pytest.raises(ValueError, match="--turns all is for real models"):
+        Settings(turns="all")
 
 
 # ---- Masks and ends -----------------------------------------------------------------------------

@@ -78,6 +78,10 @@ def build_quietly(s):
 
 def test_every_setting_of_a_real_model_reaches_it(real):
     data, model = build_quietly(real)
+    assert data.note.startswith(f"{real.data}: 40 samples kept")
+    few = build_quietly(replace(real, max_records=30, turns="all"))[0]
+    assert few.note.startswith(f"the first 30 records of {real.data} (--max-records): 30 samples")
+    assert few.turns == "all" and data.turns == "last"
     backbone = model.backbone
     lora = [m for m in backbone.modules() if isinstance(m, LoraLayer)]
     assert {m.scaling["default"] for m in lora} == {0.75}
@@ -161,3 +165,29 @@ def test_a_run_of_the_time_when_experts_could_be_chosen_opens(tmp_path):
     for old in ("loop", "grouped"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"experts": old}))
         assert read_settings(tmp_path).steps == 7
+
+
+def test_data_in_a_folder_are_noticed_when_they_change(tmp_path, monkeypatch):
+    """By a byte at either end of a file, by its size or by its name; not by a new cache."""
+    data, file = tmp_path / "saved", tmp_path / "saved/train/data-0.arrow"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"a" * 100 + b"b" * (3 << 20) + b"c")
+    s = Settings(data=str(data))
+    write_settings(s, tmp_path / "run")
+    runs.check_origin(tmp_path / "run", s)
+    (file.parent / "cache-1234.arrow").write_bytes(b"x")
+    runs.check_origin(tmp_path / "run", s)
+    whole = file.read_bytes()
+    for changed in (b"A" + whole[1:], whole[:-1] + b"C", whole[:100] + b"b" + whole[100:],
+                    whole[:2 << 20] + b"b" + whole[2 << 20:]):
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match="started with another data .*, now "):
+            runs.check_origin(tmp_path / "run", s)
+    file.write_bytes(whole)
+    runs.check_origin(tmp_path / "run", s)
+    file.rename(file.with_name("data-1.arrow"))
+    with pytest.raises(ValueError, match="started with another data"):
+        runs.check_origin(tmp_path / "run", s)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dictionary").mkdir()  # not what this toy is trained on
+    assert "data" not in find_origin(Settings())

@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 import random
 
-from data import PAD, Source
+from data import PAD, Source, name_part
 from toy import tasks, text
 from toy.tokenizer import SEP
 
@@ -33,7 +33,8 @@ class ToyData(Source):
     (bytes).
     """
 
-    def __init__(self, kind, prompt_length=256, response_length=64, skip_bad=False):
+    def __init__(self, kind, prompt_length=256, response_length=64, skip_bad=False,
+                 max_records=0):
         self.kind, self.prompt_length, self.response_length = kind, prompt_length, response_length
         self.columns = COLUMNS.get(kind, {f"{prompt_length}": {}})
         self.words = kind in COLUMNS
@@ -43,14 +44,15 @@ class ToyData(Source):
         if kind in ("python", "pydoc"):
             self.docs = {split: text.documents(kind, split) for split in ("train", "test")}
         elif not self.words:
-            self._open_file(kind, skip_bad)
+            self._open_file(kind, skip_bad, max_records)
 
-    def _open_file(self, path, skip_bad):
+    def _open_file(self, path, skip_bad, max_records):
         """Read a file of pairs and hold some of them out."""
         if not os.path.exists(path) and "/" not in path:
             raise ValueError(f"--data {path}: no such file, and not one of {', '.join(COLUMNS)}, "
                              "python, pydoc")
-        pairs, bad = text.read_pairs(path, skip_bad)
+        pairs, bad = text.read_pairs(path, skip_bad, max_records)
+        path = name_part(path, len(pairs) + bad, max_records)
         if not any(prompt for prompt, _, _ in pairs):
             return self._take_documents(path, pairs, bad)
         samples, long = [], 0

@@ -102,13 +102,15 @@ def cut(rng, docs, prompt_len, response_len):
     return Sample(ids[:prompt_len], ids[prompt_len:], [True] * response_len)
 
 
-def read_pairs(path, skip_bad=False):
+def read_pairs(path, skip_bad=False, most=0):
     """Read (prompt, question, response) texts; returns (list of them, number of records skipped).
+
+    most: how many records are read at most, 0 for all.
 
     All forms of data.parse_record. Of several turns the last is the response and the others are
     the prompt, joined by blank lines. Plain text has the prompt "".
     """
-    return read_data(path, make_pair, skip_bad)
+    return read_data(path, make_pair, skip_bad, most)
 
 
 def make_pair(record):
