@@ -367,14 +367,15 @@ def answer_and_exit(function, pipe, seconds, extra):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # native code reports at length
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-        signal.alarm(10 * seconds)  # it may also wait
+        signal.alarm(3 * seconds)  # it may also wait
         limit_memory(extra)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not in this process
         try:
             answer = [True, function()]
         except BaseException as error:
             reason = (str(error).strip().splitlines() or [""])[0][:200]
-            answer = [False, reason or type(error).__name__]
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            answer = [False, kind + reason]
         with open(pipe, "w", encoding="utf-8") as file:
             json.dump(answer, file)
     except BaseException:

@@ -48,7 +48,7 @@ def check_tokenizer(folder, vocab_size):
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
         raise ValueError("tokenizer.json is no tokenizer")
     check_vocabulary(raw["model"], vocab_size)
-    check_added(raw.get("added_tokens"))
+    check_added(raw.get("added_tokens"), vocab_size)
     steps = {name: list_steps(raw.get(name), name) for name in KNOWN_STEPS}
     for name in ("normalizer", "decoder"):
         growth = 1.0
@@ -87,8 +87,10 @@ def check_vocabulary(model, vocab_size):
                          "each time; set it to null")
 
 
-def check_added(tokens):
-    """ValueError unless the added tokens are a list of named tokens."""
+def check_added(tokens, vocab_size):
+    """ValueError unless the added tokens are a list of named tokens that the model knows."""
+    if tokens and len(tokens) > vocab_size:
+        raise ValueError(f"it adds {len(tokens)} tokens, the model has {vocab_size}")
     for token in tokens or []:
         name = token.get("content")
         if not isinstance(name, str) or not 0 < len(name) <= LONGEST_PIECE:
@@ -114,7 +116,7 @@ def list_steps(section, name):
 
 def growth_of(step):
     """How many times as long this step makes a text at most, in bytes."""
-    if step["type"] == "Prepend" and len(str(step.get("prepend"))) > LONGEST_PIECE:
+    if step["type"] == "Prepend" and len(str(step.get("prepend"))) > 64:
         return float("inf")
     if step["type"] != "Replace":
         return 2.0 if step["type"] == "ByteLevel" else 1.0

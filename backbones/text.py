@@ -58,6 +58,7 @@ class Tokenizer:
         known_ends = (self.added.get(token) for token in TURN_ENDS)
         ends = [self.eos_id, *config.eos_ids, *known_ends]
         self.stop_ids = [i for i in dict.fromkeys(ends) if i is not None]
+        self.template_ids = set()  # the special tokens that the template puts around turns
         self.templated = bool(self.hf.chat_template) and self.template_is_usable()
 
     def open(self, folder, vocab_size, check=False):
@@ -80,9 +81,10 @@ class Tokenizer:
         """
         example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            _, reply = self.apply_template(example)
+            prompt, reply = self.apply_template(example)
         except ValueError:
             return False
+        self.template_ids = {*self.hf.all_special_ids} & {*prompt, *reply}
         said = self.encode("b")
         behind = reply[len(said):][:1] if reply[:len(said)] == said else []
         self.stop_ids += [i for i in behind
@@ -120,7 +122,8 @@ class Tokenizer:
 
     def special_names(self):
         """The names of the mask, the ends, and of what begins a turn."""
-        marks, ids = TURN_MARKS | {self.hf.bos_token}, {self.mask_id, *self.stop_ids}
+        marks = TURN_MARKS | {self.hf.bos_token}
+        ids = {self.mask_id, *self.stop_ids, *self.template_ids}
         return [token for token, i in self.added.items() if token in marks or i in ids]
 
     def decode(self, ids):
@@ -299,6 +302,9 @@ class ChatData(Source):
             raise ValueError("--question is for the toy; put the question into the prompt")
         if not prompt.strip():
             raise ValueError("the prompt is empty; give some text with --prompt or --file")
+        if len(prompt) > 100 * self.window:  # it need not be read to be too long
+            raise ValueError(f"the prompt has {len(prompt)} characters, too many for the model's "
+                             f"window of {self.window} tokens; shorten it")
         ids, _ = self.tokenizer.chat([{"role": "user", "content": prompt.strip()}])
         length = length or 128
         if len(ids) + length > self.window:
