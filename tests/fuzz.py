@@ -33,10 +33,10 @@ VOCAB = 320  # of the model
 NAMES = ["<|mask|>", "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<role>", "</role>", "<|end|>",
          "<|role_end|>", "<|mdm_mask|>", "[MASK]"]
 BITS = ["a", " ", "  ", "\n", "\n\n", "\t", "\r\n", " the", "the", " B", "in", "0", "12345", ".",
-        "'s", "é", "e\u0301", "ﬁ", "中文", "😀", "👩‍👩‍👧", "\u200d", "\ufeff", "\u2028", "\x00", "\x1b[31m",
-        "\x7f",
-        "\ue000", "\uffff", "\ud83d", "\udc00", "{{ 7 * 7 }}", "{% endfor %}", "\\u0000", "\\ud83d",
-        "&lt;", "<", "|", ">", "＜|mask|＞", "<|ma", "sk|>", "\u202e", "ﷺ"]
+        "'s", "é", "e\u0301", "ﬁ", "中文", "😀", "👩‍👩‍👧", "\u200d", "\ufeff", "\u2028",
+        "\x00", "\x1b[31m", "\x7f", "\ue000", "\uffff", "\ud83d", "\udc00",
+        "{{ 7 * 7 }}", "{% endfor %}", "\\u0000",
+        "\\ud83d", "&lt;", "<", "|", ">", "＜|mask|＞", "<|ma", "sk|>", "\u202e", "ﷺ"]
 ROLES = ["user", "assistant", "system", "human", "gpt", "tool", "", None, 3]
 
 
