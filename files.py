@@ -333,22 +333,85 @@ def bounded(seconds=3, extra=1 << 30):
     if not in_main or not hasattr(signal, "setitimer"):
         yield
         return
-    import resource
-
     def stop(number, frame):
         raise ValueError(f"it takes more than {seconds} s")
 
+    import resource
     before, limits = signal.signal(signal.SIGVTALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
     # The timer rings again and again, since the program may catch the first error.
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)
-    used = Path("/proc/self/statm")
-    if used.exists():
-        now = int(used.read_text().split()[0]) * resource.getpagesize() + extra
-        if limits[0] == resource.RLIM_INFINITY or now < limits[0]:
-            resource.setrlimit(resource.RLIMIT_AS, (now, limits[1]))
+    limit_memory(extra)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.signal(signal.SIGVTALRM, before)
+
+
+def limit_memory(extra):
+    """Let this process take so many bytes more than it has now, and no more (Linux)."""
+    import resource
+    used, limits = Path("/proc/self/statm"), resource.getrlimit(resource.RLIMIT_AS)
+    if used.exists():
+        most = int(used.read_text().split()[0]) * resource.getpagesize() + extra
+        if limits[0] == resource.RLIM_INFINITY or most < limits[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+
+
+def run_apart(function, seconds=10, extra=1 << 30):
+    """function(), computed in a process of its own with so much CPU time and memory.
+
+    Native code cannot be stopped within our process; a process can. The result must be JSON. Where
+    processes cannot be split (Windows), there is no bound. ValueError if it takes more, if it
+    raises one, or if it crashes.
+    """
+    if not hasattr(os, "fork"):
+        return function()
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        answer_and_exit(function, theirs, seconds, extra)
+    os.close(theirs)
+    status = None
+    try:
+        with open(ours, "rb") as pipe:
+            answer = pipe.read()
+        _, status = os.waitpid(child, 0)
+    finally:
+        if status is None:  # a Ctrl-C
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGALRM):
+        raise ValueError(f"it takes more than {seconds} s")
+    if status:  # native code ends its process where it gets no memory
+        raise ValueError("it crashes, or takes more than a gigabyte of memory")
+    good, value = json.loads(answer)
+    if not good:
+        raise ValueError(value)
+    return value
+
+
+def answer_and_exit(function, pipe, seconds, extra):
+    """Write [True, function()] or [False, what was wrong] to the pipe, and end this process."""
+    import resource
+    try:
+        for number in (signal.SIGXCPU, signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # native code reports at length
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+        signal.alarm(3 * seconds)  # it may also wait
+        limit_memory(extra)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not in this process
+        try:
+            answer = [True, function()]
+        except BaseException as error:
+            reason = (str(error).strip().splitlines() or [""])[0][:200]
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            answer = [False, kind + reason]
+        with open(pipe, "w", encoding="utf-8") as file:
+            json.dump(answer, file)
+    except BaseException:
+        os._exit(1)
+    os._exit(0)

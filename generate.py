@@ -247,6 +247,10 @@ def chat(s, data, model, arguments):
 
 # ---- The command line ---------------------------------------------------------------------------
 
+MOST_STEPS = 1 << 20  # no model has a longer window
+MOST_TOY_TOKENS = 1 << 13  # the toy has no window, but attention over more takes gigabytes
+
+
 def parse_arguments():
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -293,8 +297,9 @@ def check_arguments(arguments):
             raise ValueError(f"--{name} is {value}; it must not be negative")
     for name in ("steps", "block_length"):
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if value is not None and not 1 <= value <= MOST_STEPS:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie between 1 and "
+                             f"{MOST_STEPS}")
 
 
 def decoder_options(arguments, model):
@@ -332,6 +337,9 @@ def main():
         changes = {name: getattr(arguments, name) for name in CHANGEABLE
                    if hasattr(arguments, name)}
         s, data, model = open_model(arguments.run, arguments.model, changes)
+        if s.model == "toy" and arguments.length > MOST_TOY_TOKENS:
+            raise ValueError(f"--length is {arguments.length}; the toy generates up to "
+                             f"{MOST_TOY_TOKENS} tokens")
         if arguments.chat:
             return chat(s, data, model, arguments)
         texts, truth = arguments.prompt, None

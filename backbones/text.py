@@ -6,14 +6,16 @@ it in a sandbox.
 from __future__ import annotations
 
 import random
+import re
 from functools import lru_cache
 
 import torch
 from tqdm import tqdm
 
 from backbones.families import FAMILIES
+from backbones.strangers import check_sizes, check_tokenizer
 from data import Sample, Source, clean_text, parse_record
-from files import bounded
+from files import bounded, run_apart
 
 # The special tokens of all families. A tokenizer has those of its own.
 MASK_TOKENS = sorted({family.mask_token for family in FAMILIES.values()})
@@ -23,11 +25,10 @@ TURN_MARKS = {token for family in FAMILIES.values() for token in family.turn_mar
 
 # ---- The tokenizer ------------------------------------------------------------------------------
 
-# MiB. The largest tokenizers have some 10.
-LARGEST = {"tokenizer.json": 64, "tokenizer_config.json": 16, "chat_template.jinja": 1,
-           "special_tokens_map.json": 1}
-
 SHIELD = "\ue000"  # a character for private use: it splits a token's name and is then left out
+LONGEST_TEMPLATE = 1 << 20  # characters
+# A text that is read on trial, of many kinds of characters.
+TRIAL = "Hello, wörld!\n\n  x = 12345;\t你好 \U0001f600 e\u0301 \ufb03 \u0000" + "az 09\n" * 100
 
 
 class SpecialToken(ValueError):
@@ -39,18 +40,15 @@ class Tokenizer:
 
     def __init__(self, folder, config):
         from transformers import PreTrainedTokenizerFast
-        for name, most in LARGEST.items():
-            path = folder / name
-            if path.exists() and (not path.is_file() or path.stat().st_size > most << 20):
-                raise ValueError(f"{path} is no file of at most {most} MiB; no tokenizer is larger")
+        self.read = PreTrainedTokenizerFast.from_pretrained
         try:
-            self.hf = PreTrainedTokenizerFast.from_pretrained(folder)
+            check_sizes(folder)
+            # Tried apart first: what takes too much there does not come here.
+            self.is_linear = run_apart(lambda: self.open(folder, config.vocab_size, check=True))
+            self.open(folder, config.vocab_size)
         except Exception as error:  # the tokenizers library raises bare Exceptions
-            reason = str(error).splitlines()[0][:200]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ValueError(f"{folder}: the tokenizer cannot be read: {reason}") from None
-        if len(self.hf) > config.vocab_size:
-            raise ValueError(f"{folder}: the tokenizer has {len(self.hf)} tokens, the model "
-                             f"{config.vocab_size}")
         self.vocab_size, self.added = config.vocab_size, self.hf.get_added_vocab()
         known = [self.added[token] for token in MASK_TOKENS if token in self.added]
         self.mask_id = known[0] if known else self.hf.mask_token_id
@@ -60,7 +58,21 @@ class Tokenizer:
         known_ends = (self.added.get(token) for token in TURN_ENDS)
         ends = [self.eos_id, *config.eos_ids, *known_ends]
         self.stop_ids = [i for i in dict.fromkeys(ends) if i is not None]
+        self.template_ids = set()  # the special tokens that the template puts around turns
         self.templated = bool(self.hf.chat_template) and self.template_is_usable()
+
+    def open(self, folder, vocab_size, check=False):
+        """Read the tokenizer's files. With `check`, say whether it reads any text in short time."""
+        is_linear = check and check_tokenizer(folder, vocab_size)
+        self.hf = self.read(folder)
+        ids = self.hf.get_vocab().values()
+        if len(ids) > vocab_size or max(ids, default=0) >= vocab_size:
+            raise ValueError(f"the tokenizer has {len(ids)} tokens with ids up to {max(ids)}, the "
+                             f"model {vocab_size}")
+        if check:
+            self.hf.decode(self.hf(TRIAL, add_special_tokens=False)["input_ids"])
+            self.hf("")
+        return is_linear
 
     def template_is_usable(self):
         """Can prompt and reply be told apart, and does a reply end in a token that says so?
@@ -69,9 +81,10 @@ class Tokenizer:
         """
         example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            _, reply, _ = self.apply_template(example)
+            prompt, reply, _ = self.apply_template(example)
         except ValueError:
             return False
+        self.template_ids = {*self.hf.all_special_ids} & {*prompt, *reply}
         said = self.encode("b")
         behind = reply[len(said):][:1] if reply[:len(said)] == said else []
         self.stop_ids += [i for i in behind
@@ -81,18 +94,36 @@ class Tokenizer:
     def encode(self, text):
         """Ids of a text, without a token at its start or end. What is shielded stays text."""
         parts = clean_text(text).split(SHIELD)
-        return [i for part in parts for i in self.hf(part, add_special_tokens=False)["input_ids"]]
+
+        def encode_parts():
+            return [i for part in parts
+                    for i in self.hf(part, add_special_tokens=False)["input_ids"]]
+        if self.is_linear:
+            return encode_parts()
+        # Its regular expression may search for hours in a text that was made for it.
+        try:
+            return run_apart(encode_parts)
+        except ValueError as error:
+            raise ValueError(f"the model's tokenizer cannot read this text: {error}") from None
 
     def shield(self, text):
         """A user's text in which the names of special tokens are nothing but their characters."""
         names = {*self.special_names(), *self.hf.all_special_tokens}
         for token in sorted(names, key=len, reverse=True):
             text = text.replace(token, token[:1] + SHIELD + token[1:])
+        if any(token in self.normalize(text) for token in names):
+            text = SHIELD.join(text)  # read letter by letter
         return text
+
+    def normalize(self, text):
+        """A text as the tokenizer looks for tokens in it: a wide \uff1c may have become a <."""
+        normalizer = self.hf.backend_tokenizer.normalizer
+        return normalizer.normalize_str(text) if normalizer else text
 
     def special_names(self):
         """The names of the mask, the ends, and of what begins a turn."""
-        marks, ids = TURN_MARKS | {self.hf.bos_token}, {self.mask_id, *self.stop_ids}
+        marks = TURN_MARKS | {self.hf.bos_token}
+        ids = {self.mask_id, *self.stop_ids, *self.template_ids}
         return [token for token, i in self.added.items() if token in marks or i in ids]
 
     def decode(self, ids):
@@ -122,8 +153,9 @@ class Tokenizer:
 
     def refuse_special(self, text):
         """SpecialToken if a user's text holds a mask, an end, or what begins a turn."""
+        normalized = self.normalize(text)
         for token in self.special_names():
-            if token in text:
+            if token in text or token in normalized:
                 raise SpecialToken(f"the text contains {token!r}, which this model reads as a "
                                    "special token; remove it")
 
@@ -134,7 +166,14 @@ class Tokenizer:
         """
         try:
             with bounded():
-                return self.hf.apply_chat_template(messages, tokenize=False, **options)
+                template = options.get("chat_template") or self.hf.chat_template
+                for each in template.values() if isinstance(template, dict) else [template]:
+                    check_template(each)
+                text = self.hf.apply_chat_template(messages, tokenize=False, **options)
+                said = sum(len(message["content"]) for message in messages)
+                if len(text) > LONGEST_TEMPLATE + 4 * said:
+                    raise ValueError(f"it makes {len(text)} characters of {said}")
+                return text
         except Exception as error:  # a template is a program: it may divide by zero
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError("the model's chat template refuses these messages: "
@@ -189,6 +228,21 @@ class Tokenizer:
             ids = ids if end is not None else ids[:length]
             rest, said = rest + ids, said + [i < length for i in range(len(ids))]
         return self.encode(whole[:starts[0]]), rest, said
+
+
+@lru_cache(maxsize=8)
+def check_template(template):
+    """ValueError if a chat template is too long, or raises to powers.
+
+    Nobody does the latter in a chat, and 10 ** 10 ** 10 cannot be stopped.
+    """
+    from jinja2 import Environment, nodes
+    if not isinstance(template, str) or len(template) > LONGEST_TEMPLATE:
+        raise ValueError(f"it is no text of at most {LONGEST_TEMPLATE} characters")
+    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+        re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template))
+    if tree.find(nodes.Pow):
+        raise ValueError("it raises numbers to powers")
 
 
 # ---- Data ---------------------------------------------------------------------------------------
@@ -296,6 +350,9 @@ class ChatData(Source):
             raise ValueError("--question is for the toy; put the question into the prompt")
         if not prompt.strip():
             raise ValueError("the prompt is empty; give some text with --prompt or --file")
+        if len(prompt) > 100 * self.window:  # it need not be read to be too long
+            raise ValueError(f"the prompt has {len(prompt)} characters, too many for the model's "
+                             f"window of {self.window} tokens; shorten it")
         ids, _ = self.tokenizer.chat([{"role": "user", "content": prompt.strip()}])
         length = length or 128
         if len(ids) + length > self.window:
