@@ -469,7 +469,7 @@ class Harness:
             k = 1 + (memdlm.uniform(seeds, "mc", 1) * n).long()  # [b, 1]
             u = memdlm.uniform(seeds, "mc masks", x0.shape[1])
             masked = maskable & (memdlm.rank_of(maskable, u) < k)
-            phi_of_each = phi and {key: tuple(w.expand(len(seeds), -1, -1) for w in pair)
+            phi_of_each = phi and {key: tuple(w.expand(len(seeds), *w.shape[1:]) for w in pair)
                                    for key, pair in phi.items()}
             nll = memdlm.response_nll(self.backbone, self.s, x0, masked,
                                       torch.ones_like(maskable), phi_of_each)

@@ -205,6 +205,7 @@ def test_after_decoding_with_memory_nothing_of_it_is_left():
     assert torch.equal(memdlm.response_nll(model, s, x, valid, valid), plain)
 
 
+@pytest.mark.slow
 def test_a_thousand_prompts_leave_weights_and_modes_bit_for_bit_and_memory_flat():
     model, s = toy_model(), memdlm.Settings(trajectory="cover:4", inner_lr=0.3)
     model.layers[0].train()  # an odd mode, to be kept
@@ -361,6 +362,7 @@ def test_fuzz_the_translation_of_a_config():
     assert 0 < taken < MANY / 2
 
 
+@pytest.mark.slow
 def test_fuzz_adapters(tmp_path, hub):
     """A damaged adapter is loaded with finite weights, or refused in one line."""
     backbone = load_backbone(str(hub))

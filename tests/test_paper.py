@@ -133,6 +133,7 @@ def test_the_page_of_results_quotes_the_summary():
 
 # ---- The runs -----------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_run_is_made_again_only_if_it_would_differ(tmp_path):
     shorter = "mdlm, half the steps"
 
@@ -178,6 +179,7 @@ def test_the_whole_thing_in_tiny(tmp_path, capsys):
     assert values["runs"]["mdlm"][1]["in alone"] == round(measures["in alone"], 5)
 
 
+@pytest.mark.slow
 def test_the_command_line(cli, monkeypatch, tmp_path):
     code, _, err = cli(evaluate, "claims", "--jobs", "0")
     assert code == 2 and "at least 1" in err and len(err.splitlines()) == 1
