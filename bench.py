@@ -547,7 +547,8 @@ def print_scale():
 # ---- The command line ---------------------------------------------------------------------------
 
 def make_parser():
-    parser = Parser(description=__doc__)
+    parser = Parser(["--quick", "--scale", "--model", "--random", "--tiny", "--json"],
+                    description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="without --model: fewer cases")
     add("--scale", action="store_true",

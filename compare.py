@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import memdlm
-from console import printable, say
+from console import fold, format_grid, printable, say, sign, terminal_width
 from files import write_json, write_whole
 from runs import open_run, read_metrics, read_settings
 from settings import Settings, control_settings
@@ -165,7 +165,7 @@ def measure_run(folder, samples, changes=None):
     ranges = split_evenly(samples, TOY_CHUNK if s.model == "toy" else REAL_CHUNK)
     values, roles = {}, {}
     rows = tqdm(list_rows(s, changes), desc=printable(f"measuring {folder}"), unit="row",
-                leave=False)
+                leave=False, disable=None, ncols=terminal_width())
     for row in rows:
         if row.role:
             roles[row.role] = row.label
@@ -274,7 +274,7 @@ def print_comparison(folders, samples=100, changes=None, save_to=None, picture=N
     save_to: a path for the numbers as JSON. picture: a path for the table as a picture.
     """
     data, experiments = compare_runs(folders, samples, changes)
-    say(f"\n{format_table(data, experiments)}\n\n{state_findings(data, experiments)}\n")
+    say(f"\n{format_table(data, experiments)}\n\n{fold(state_findings(data, experiments))}\n")
     if save_to:
         save_numbers(save_to, data, experiments, samples)
         say(f"numbers in {save_to}")
@@ -288,20 +288,25 @@ def format_table(data, experiments):
         what = "share of answers right, decoded"
     else:
         what = "nats per masked answer token; below the first row: the change, less is better"
-    chance = "; chance 0.025" if data.kind == "dictionary" else ""
-    lines = [f"{data.kind}: {what}. Columns: {explain_columns(data)}{chance}"]
-    labels = [label for experiment in experiments for label, _ in experiment.values]
-    width = max(map(len, labels)) + 2
+    chance = "; chance .025" if data.kind == "dictionary" else ""
+    parts = [fold(f"{data.kind}: {what}. Columns: {explain_columns(data)}{chance}")]
     for experiment in experiments:
-        lines += ["", f"{name_of(experiment.s)}  [{explain_errors(experiment)}]",
-                  f"  {'phi written from':{width}}" + "".join(f"{c:>15}" for c in data.columns)]
+        rows = [("  phi written from", list(data.columns))]
         for label in row_labels(experiment):
-            sign = "+" if is_change(data, experiment, label) else ""
-            line = f"  {label:{width}}"
-            for mean, error in compute_cells(data, experiment, label):
-                line += f"{f'{mean:{sign}.3f} +-{error:.3f}':>15}"
-            lines.append(line)
-    return "\n".join(lines)
+            is_difference = is_change(data, experiment, label)
+            rows.append((f"  {label}", [format_cell(data, *cell, is_difference)
+                                        for cell in compute_cells(data, experiment, label)]))
+        title = f"{name_of(experiment.s)}  [{explain_errors(experiment)}]"
+        parts.append(f"{fold(title)}\n{format_grid(rows, numbers=True)}")
+    return "\n\n".join(parts)
+
+
+def format_cell(data, mean, error, is_difference):
+    """A mean with its standard error, such as .72±.02. Shares have two digits, nats have three."""
+    digits = 2 if data.metric == "accuracy" else 3
+    texts = [f"{mean:{'+' if is_difference else ''}.{digits}f}", f"{error:.{digits}f}"]
+    return sign("error").join(text.replace("0.", ".", 1) if abs(number) < 1 else text
+                              for text, number in zip(texts, (mean, error)))
 
 
 def compute_cells(data, experiment, label):
@@ -353,7 +358,7 @@ def explain_errors(experiment):
     """How long an experiment's runs were trained, and what its standard errors are over."""
     runs = len(experiment.seeds)
     seeds, over = (f"{runs} seeds", "seeds") if runs > 1 else ("1 seed", "samples")
-    return f"{experiment.s.steps} steps; {seeds}, +- standard error over {over}"
+    return f"{experiment.s.steps} steps; {seeds}, {sign('error')} standard error over {over}"
 
 
 def save_numbers(path, data, experiments, samples):

@@ -2,7 +2,9 @@
 
 Every script begins with `begin`, before torch is imported. From then on no character and no closed
 pipe can end a training, and a Ctrl-C ends all other work with one line. Texts from elsewhere (a
-prompt, a name, a model's output) go through `printable`, so they cannot steer the terminal.
+prompt, a name, a model's output) go through `printable`, so they cannot steer the terminal. Tables
+and answers fit the terminal's width. Colours are for terminals alone, and never say what a sign
+does not say too.
 """
 from __future__ import annotations
 
@@ -11,8 +13,11 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
+from unicodedata import combining, east_asian_width
 
 # What a terminal takes for a command: control characters, except tabs and the ends of lines; and
 # the characters that turn the direction of reading. Half a surrogate pair is no character at all.
@@ -35,6 +40,127 @@ def say(text):
     """Print a text that may hold what others have written."""
     print(printable(text))
 
+
+# ---- What fits, and what has a colour -----------------------------------------------------------
+
+COLORS = {"right": "\033[32m", "wrong": "\033[31m", "given": "\033[2m", "strong": "\033[1m"}
+PLAIN = "\033[0m"
+
+
+def has_colors():
+    """Whether the output is a terminal whose user wants colours (NO_COLOR is not set)."""
+    return (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+            and os.environ.get("TERM") != "dumb")
+
+
+def paint(text, color):
+    """A text in one of COLORS. It is made printable before, since a colour is a command itself."""
+    text = printable(text)
+    return f"{COLORS[color]}{text}{PLAIN}" if text and color and has_colors() else text
+
+
+def sign(name):
+    """A sign, or what stands for it where the output's encoding has no such character."""
+    best, plain = {"right": "✓+", "wrong": "✗-", "error": ("±", "+-"), "end": "⏎ "}[name]
+    try:
+        best.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return plain
+    return best
+
+
+def terminal_width():
+    """How many columns a line may have: the terminal's, and 80 where there is none."""
+    return max(40, shutil.get_terminal_size((80, 24)).columns)
+
+
+def width_of(text):
+    """How many columns of a terminal a text takes. Colours take none, some characters take two."""
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1
+               for c in re.sub("\033\\[[0-9;]*m", "", text))
+
+
+def fold(text):
+    """Break the lines of a text between words where they are wider than the terminal.
+
+    In a file or a pipe they stay whole: whoever searches there searches by lines.
+    """
+    if not sys.stdout.isatty():
+        return text
+    folded = []
+    for line in text.splitlines():
+        indent = max(2, len(line) - len(line.lstrip()))
+        folded += textwrap.wrap(line, min(100, terminal_width()), subsequent_indent=" " * indent,
+                                break_long_words=False, break_on_hyphens=False) or [""]
+    return "\n".join(folded)
+
+
+def format_grid(rows, gap=2, numbers=False):
+    """Rows of (label, cells) as lines of text, in which the cells of a column are aligned.
+
+    Columns that do not fit the terminal are dealt out evenly to blocks, one below the other.
+    gap: spaces between columns. numbers: align them on the right.
+    """
+    first = max(len(label) for label, _ in rows)
+    widths = [max(map(width_of, column)) for column in zip(*(cells for _, cells in rows))]
+    room, count = terminal_width() - first - 2 + gap, len(widths)
+    for blocks in range(1, count + 1):
+        edges = [-(-count * i // blocks) for i in range(blocks + 1)]
+        ranges = [range(*pair) for pair in zip(edges, edges[1:])]
+        if all(sum(widths[i] + gap for i in block) <= room for block in ranges):
+            break
+    parts = []
+    for block in ranges:
+        lines = []
+        for label, cells in rows:
+            line = f"{label:{first}}  "
+            for i in block:
+                space = " " * (widths[i] - width_of(cells[i]))
+                line += (space + cells[i] if numbers else cells[i] + space) + " " * gap
+            lines.append(line.rstrip())
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def format_answers(answers, truth, words):
+    """Decoded answers, token below token, each judged by what would be right, which comes last.
+
+        without memory:    owl ruby ✗ fox ruby ✓
+        with memory:       owl jade ✓ fox ruby ✓
+        The right answer:      jade       ruby
+
+    answers: [(label, pieces)], with None for a token that is asked for. truth: the right piece of
+    each token, None where it was given or where nobody knows. words: whether tokens are words. Of
+    other texts only what is wrong has a sign, on a line of its own.
+    """
+    rows, signs = [], {True: sign("right"), False: sign("wrong"), None: ""}
+    colors = {True: "right", False: "wrong", None: "given"}
+    for label, pieces in answers:
+        judged = [None if None in pair else pair[0] == pair[1] for pair in zip(pieces, truth)]
+        cells = ["?" if piece is None else one_row(piece) for piece in pieces]
+        if words:
+            cells = [f"{cell} {signs[verdict]}".rstrip() for cell, verdict in zip(cells, judged)]
+        cells = [paint(cell, colors[verdict]) for cell, verdict in zip(cells, judged)]
+        rows.append((f"{label}:", cells))
+        if not words and False in judged:
+            rows.append(("", [signs[False] if verdict is False else "" for verdict in judged]))
+    if any(truth):
+        rows.append(("The right answer:", [printable(one_row(right or "")) for right in truth]))
+    return format_grid(rows, gap=1 if words else 0)
+
+
+def one_row(text):
+    """A text that stays on its line."""
+    return text.replace("\r\n", "\n").replace("\n", sign("end")).replace("\t", " ")
+
+
+def show_end(label, text):
+    """A line with a text's end, as much as fits."""
+    text, room = one_row(text), terminal_width() - len(label) - 2
+    return printable(f"{label}: {text if len(text) <= room else '...' + text[3 - room:]}")
+
+
+# ---- A reader who goes away ---------------------------------------------------------------------
 
 class Output(io.FileIO):
     """Standard output or standard error, whose reader may go away.

@@ -101,6 +101,11 @@ def where_tokens(lists):
     return pad([[True] * len(some) for some in lists], False)
 
 
+def visible_pieces(data, ids):
+    """One display string per token, "" for a separator: it says nothing to a reader."""
+    return ["" if piece == "<sep>" else piece for piece in data.tokenizer.pieces(ids)]
+
+
 # ---- Records ------------------------------------------------------------------------------------
 
 # The forms of a record: the field of what is asked, and that of what is answered.

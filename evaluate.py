@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 from backbones.block_diffusion import MODES
+from files import nearest
 from runs import latest_run, read_settings
 from settings import CHANGEABLE, Parser, add_flags, names_of, one_line
 
@@ -150,11 +151,18 @@ COMMANDS = {"compare": (compare, add_compare_flags), "exposure": (exposure, add_
             "tasks": (tasks, add_tasks_flags), "paper": (paper, add_paper_flags),
             "claims": (claims, add_claims_flags)}
 
+# The flags that --help shows of commands that have more.
+FIRST = {"compare": ["runs", "--samples", "--picture", "--json"],
+         "tasks": ["tasks", "run", "--model", "--load-4bit", "--adapt", "--lengths", "--limit",
+                   "--chat-template", "--batch-size", "--out"]}
+
 
 def list_runs(arguments):
     """The run folders that were named, or the latest. ValueError if one is no run folder."""
     folders = arguments.runs or [latest_run()]
     for folder in folders:
+        if not folder.exists() and (command := nearest(str(folder), COMMANDS)):
+            raise ValueError(f"{folder} is no command and no run folder{command}")
         read_settings(folder)
     return folders
 
@@ -204,7 +212,8 @@ def main():
     if command in ("-h", "--help"):
         return print(__doc__.strip())
     run, add_command_flags = COMMANDS[command]
-    parser = Parser(prog=f"evaluate.py {command}", description=inspect.getdoc(run))
+    parser = Parser(FIRST.get(command, ()), prog=f"evaluate.py {command}",
+                    description=inspect.getdoc(run))
     add_command_flags(parser)
     arguments = parser.parse_intermixed_args(words)
     changes = {name: value for name, value in vars(arguments).items() if name in CHANGEABLE}

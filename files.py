@@ -7,6 +7,7 @@ is written through a link, so a stranger's folder cannot send our files elsewher
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import math
 import os
@@ -280,6 +281,18 @@ def read_tensor(file, name, path):
     return file.get_tensor(name)
 
 
+def nearest(word, names):
+    """"; did you mean NAME?" with the name that is most like a mistyped word, or nothing."""
+    found = difflib.get_close_matches(word, list(names), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+# Models that are known to work, for a name that is mistyped.
+KNOWN_MODELS = ("toy", "inclusionAI/LLaDA-MoE-7B-A1B-Base", "inclusionAI/LLaDA-MoE-7B-A1B-Instruct",
+                "inclusionAI/LLaDA2.0-mini", "inclusionAI/LLaDA2.1-mini", "GSAI-ML/LLaDA-8B-Base",
+                "GSAI-ML/LLaDA-8B-Instruct")
+
+
 def model_folder(name, wanted=MODEL_FILES):
     """The folder of a model or an adapter, which is fetched if `name` is an id of the hub."""
     if Path(name).is_dir():
@@ -287,8 +300,9 @@ def model_folder(name, wanted=MODEL_FILES):
             if not path.is_file():  # a pipe would be waited for, a device has no end
                 raise ValueError(f"{path} is not a file")
         return Path(name)
+    here = [path.parent.name for path in Path().glob("*/config.json")]
     instead = ("'toy', a folder with config.json and *.safetensors, or a hub id such as "
-               "inclusionAI/LLaDA-MoE-7B-A1B-Base")
+               f"inclusionAI/LLaDA-MoE-7B-A1B-Base{nearest(name, [*KNOWN_MODELS, *here])}")
     return fetch_from_hub(name, "model", wanted, instead)
 
 

@@ -62,7 +62,7 @@ def answer(s, data, model, samples, use_memory, seed, **options):
     canvases = [batch.x0.masked_fill(batch.maskable, backbone.mask_id)]
     steps = backbone.decoder(backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi,
                              **options)
-    canvases += tqdm(steps, desc="denoising", unit="step", leave=False, delay=1)
+    canvases += tqdm(steps, desc="denoising", unit="step", leave=False, delay=1, disable=None)
     label = "with memory of the prompt" if use_memory else "without memory"
     answers = []
     for number, length in enumerate(batch.valid.sum(1).tolist()):
@@ -252,7 +252,8 @@ MOST_TOY_TOKENS = 1 << 13  # the toy has no window, but attention over more take
 
 
 def parse_arguments():
-    parser = Parser(description=__doc__)
+    parser = Parser(["--adapt", "--prompt", "--question", "--file", "--chat", "--show", "--html",
+                     "--length", "--run", "--model", "--load-4bit", "--seed"], description=__doc__)
     add = parser.add_argument
     add("--run", type=Path, help="run folder [default the latest]")
     add("--adapt", action="store_true", help="write the prompt into fast weights first")

@@ -26,8 +26,8 @@ import torch
 import console
 from data import name_part, read_data
 from files import (
-    MOST_SAVED, file_checksum, folder_checksum, lock_folder, open_tensors, read_json, read_tensor,
-    refuse_links, remove_unfinished, write_json, write_tensors, write_text, write_whole,
+    MOST_SAVED, file_checksum, folder_checksum, lock_folder, nearest, open_tensors, read_json,
+    read_tensor, refuse_links, remove_unfinished, write_json, write_tensors, write_text, write_whole,
 )
 from memdlm import MemDLM
 from settings import RECIPES, Settings
@@ -152,7 +152,9 @@ def read_settings(folder):
     path = Path(folder) / "settings.json"
     refuse_links(*run_folders(folder))
     if not path.exists():
-        raise ValueError(f"{folder} is not a run folder: it has no settings.json")
+        runs = [str(path.parent) for path in Path("runs").glob("*/settings.json")]
+        raise ValueError(f"{folder} is not a run folder: it has no settings.json"
+                         f"{nearest(str(folder), runs)}")
     values = read_json(path, finite=False)  # some settings may be infinite
     if isinstance(values, dict):
         values.pop("experts", None)  # older runs could choose how experts are computed

@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import re
 import sys
+from copy import copy
 from dataclasses import dataclass, fields, replace
 
 import memdlm
 from console import printable
+from files import nearest
 from memdlm import setting
 
 GROUPS = {  # what --help says of each group of settings
@@ -234,14 +237,55 @@ def add_flag(place, f):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that refuses in one line."""
+    """A parser that refuses in one line.
 
-    def __init__(self, **options):
+    first: what a beginner needs, a list of flags and of names without a flag. --help shows these,
+    --help-all shows everything in groups. Without a list --help shows everything.
+    """
+
+    def __init__(self, first=(), **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, **options)
+                         usage="%(prog)s [FLAGS]", allow_abbrev=False, add_help=False, **options)
+        self.first = [*first, "--help-all"] if first else []
+        show = dict(action=ShowHelp, nargs=0, dest=argparse.SUPPRESS)
+        self.add_argument("-h", "--help", **show, help="show this and stop")
+        if first:
+            self.add_argument("--help-all", **show, help="show all flags, in groups, and stop")
+
+    def format_first_help(self):
+        """The description, and the flags in `first` in that order, without a recipe's defaults."""
+        actions = {name: action for action in self._actions
+                   for name in action.option_strings or [action.dest]}
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        formatter.start_section("the flags to begin with")
+        for name in self.first:
+            action = copy(actions[name])
+            action.help = re.sub(r" \[[^\]]*;[^\]]*\]$", "", action.help)
+            formatter.add_argument(action)
+        formatter.end_section()
+        return formatter.format_help()
 
     def error(self, message):
-        refuse(f"{message}; see {self.prog} --help")
+        """Refuse in one line, with the nearest name if a flag or a choice is mistyped."""
+        kind, _, rest = message.partition(": ")
+        if kind == "unrecognized arguments" and rest.startswith("-"):
+            flag = rest.split()[0].partition("=")[0]
+            flags = [name for action in self._actions for name in action.option_strings]
+            message = f"there is no flag {flag}{nearest(flag, flags)}"
+        elif found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            message += nearest(found[1], re.findall(r"[\w.+&-]+", found[2]))
+        joiner = " See" if message.endswith("?") else "; see"
+        refuse(f"{message}{joiner} {self.prog} --help")
+
+
+class ShowHelp(argparse.Action):
+    """--help and --help-all."""
+
+    def __call__(self, parser, values, namespace, flag=None):
+        short = parser.first and flag != "--help-all"
+        print(parser.format_first_help() if short else parser.format_help(), end="")
+        parser.exit()
 
 
 def refuse(message, end=SystemExit):

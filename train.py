@@ -1,17 +1,14 @@
 """Train a masked diffusion language model with MemDLM, or the MDLM baseline.
 
-    python train.py --model toy                     closed-book memory, seen to work within minutes
-                                                    on a CPU
-    python train.py --model toy --data languages    the method as published, with the controls that
-                                                    it needs
-    python train.py --model toy --data python       real text: the source of Python's own library
-    python train.py --model toy --data my.jsonl     your own {"prompt": ..., "response": ...} lines
-    python train.py --model toy --no-memory         the baseline: same data, same masks, no inner
-                                                    loop
+    python train.py                          closed-book memory, in two minutes on a CPU
+    python train.py --data languages         the method as published, with the controls it needs
+    python train.py --data python            real text: the source of Python's own library
+    python train.py --data my.jsonl          your own {"prompt": ..., "response": ...} lines
+    python train.py --no-memory              the baseline: the same without an inner loop
+    python train.py --resume                 go on where the latest run stopped, exactly
     python train.py --model inclusionAI/LLaDA-MoE-7B-A1B-Base --load-4bit
-                                                    a real model, on one GPU
-    accelerate launch train.py --model ...          the same on several
-    python train.py --resume                        go on where the latest run stopped, exactly
+                                             a real model, on one GPU
+    accelerate launch train.py --model ...   the same on several
 
 Every run leaves a folder: settings.json, origin.json (checksums of code and data),
 model.safetensors (what was trained, and the optimiser), metrics.jsonl, loss.png, and for a real
@@ -40,8 +37,10 @@ from tqdm import tqdm
 
 import memdlm
 from compare import draw_losses, print_comparison
-from console import catch_signals, end_work, last_words, printable, say
-from data import collate
+from console import (
+    catch_signals, end_work, fold, format_answers, last_words, say, show_end, terminal_width,
+)
+from data import collate, visible_pieces
 from files import append_line
 from runs import (
     build, find_run_to_resume, hold_run, load_checkpoint, missing_folders, pick_folder,
@@ -68,8 +67,7 @@ def train(s, folder, resume, stop, processes):
         announce(s, folder, data, parameters, processes)
     wrapped = processes.wrap(model)
     began, stop.in_loop = time.perf_counter(), True
-    with one_line(OSError), \
-            tqdm(total=s.steps, initial=start, unit="step", disable=not first) as bar:
+    with one_line(OSError), make_bar(s.steps, start, first) as bar:
         for step in range(start, s.steps):
             last = step == s.steps - 1
             report = step % s.log_every == 0 or last
@@ -90,7 +88,7 @@ def train(s, folder, resume, stop, processes):
             bar.update()
             if first and report:
                 seconds = time.perf_counter() - began
-                log_step(record, step, learning_rate(s, step), norm, seconds, folder, bar)
+                log_step(s, record, step, norm, seconds, folder, bar)
             if first:
                 show_progress(s, data, model, step, folder, bar)
             stopping = bool(processes.add_up(int(stop.signal is not None)))
@@ -368,14 +366,14 @@ def leave(folder, step, stop, first):
 def announce(s, folder, data, parameters, processes):
     """Print what is about to be trained."""
     if data.note:
-        say(data.note)
+        say(fold(data.note))
     weights = sum(p.numel() for p in parameters)
     memory = f"memory written from the {s.memory_from}" if s.memory else "no memory"
     book = "closed" if s.closed_book else "open"
     samples = s.batch * s.accumulate * processes.count
     share = f", {processes.count} processes" if processes.count > 1 else ""
-    say(f"{folder}: {weights:,} trained weights, {memory}, {book} book, {s.steps} steps of "
-        f"{samples} samples{share}")
+    say(fold(f"{folder}: {weights:,} trained weights, {memory}, {book} book, {s.steps} steps of "
+             f"{samples} samples{share}"))
     sys.stdout.flush()
 
 
@@ -384,25 +382,39 @@ def write_metrics(folder, values):
     append_line(folder / "metrics.jsonl", json.dumps(values))
 
 
-def log_step(record, step, lr, norm, seconds, folder, bar):
-    """Write one line of metrics.jsonl, and show the same numbers on the bar."""
+def make_bar(steps, start, first):
+    """The bar of a training. Where the output is a file, `show_numbers` prints lines instead."""
+    form = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
+    return tqdm(total=steps, initial=start, disable=None if first else True, bar_format=form,
+                ncols=min(100, terminal_width()))
+
+
+def log_step(s, record, step, norm, seconds, folder, bar):
+    """Write one line of metrics.jsonl, and show what matters of it."""
     values = {name: torch.as_tensor(value).tolist() for name, value in record.items()}
-    if "inner" in values:
-        shown = {"ce with memory": f"{values['ce']:.3f}", "without": f"{values['ce_without']:.3f}",
-                 "inner": ">".join(f"{loss:.2f}" for loss in values["inner"])}
-    else:
-        shown = {"ce": f"{values['ce']:.3f}"}
-    if values.get("skipped"):
-        shown["skipped"] = values["skipped"]
-    bar.set_postfix(shown, refresh=False)
+    lr = learning_rate(s, step)
     line = {"step": step, **values, "lr": lr, "grad_norm": norm.item(), "seconds": seconds}
     write_metrics(folder, line)
+    show_numbers(s, values, step, seconds, bar)
+
+
+def show_numbers(s, values, step, seconds, bar):
+    """Show the loss on the bar, in nats per masked token; or ten times a run as a line."""
+    shown = f"loss {values['ce']:.3f}"
+    if "ce_without" in values:
+        shown += f" with memory, {values['ce_without']:.3f} without"
+    if values.get("skipped"):
+        shown += f", {values['skipped']} inner steps left out"
+    bar.set_postfix_str(shown, refresh=False)
+    tenth, done = max(1, s.steps // 10), step + 1
+    if bar.disable and done // tenth > (done - s.log_every) // tenth:
+        say(f"step {done} of {s.steps}: {shown}, {seconds:.0f} s")
 
 
 def show_progress(s, data, model, step, folder, bar):
     """Show a sample every --sample-every steps, and the held-out loss every --eval-every."""
     if s.sample_every and step % s.sample_every == s.sample_every - 1:
-        bar.write(printable(describe_sample(s, data, model, step + 1)))
+        bar.write(describe_sample(s, data, model, step + 1))
     if s.eval_every and (step % s.eval_every == s.eval_every - 1 or step == s.steps - 1):
         values = measure_held_out(s, data, model)
         held_out = {f"held_out_{name}": value for name, value in values.items()}
@@ -412,7 +424,7 @@ def show_progress(s, data, model, step, folder, bar):
 
 
 def describe_sample(s, data, model, step):
-    """A held-out sample, decoded: the prompt, the question with the model's answer, the truth."""
+    """A held-out sample, decoded: prompt, answer, and what is right. It is ready to be printed."""
     model.eval()
     columns = list(data.columns)
     batch = data.tests(columns[step % len(columns)], [step], s.closed_book, name="sample")
@@ -424,16 +436,14 @@ def describe_sample(s, data, model, step):
     for canvas in model.backbone.decoder(model.backbone, s, batch.x0, batch.maskable, batch.valid,
                                          batch.seeds, phi):
         pass
-    decode, answer = data.tokenizer.decode, batch.maskable[0]
-    prompt = decode(batch.prompt[0].tolist())
-    if len(prompt) > 60:
-        prompt = "... " + prompt[-60:].partition(" ")[2]
-    start = 0 if s.closed_book else int(batch.prompt_valid[0].sum())
-    rest = decode(canvas[0][start:].tolist())
-    truth = decode(batch.x0[0][answer].tolist())
+    start, answer = 0 if s.closed_book else int(batch.prompt_valid[0].sum()), batch.maskable[0]
+    own, truth = (visible_pieces(data, ids[0][start:].tolist()) for ids in (canvas, batch.x0))
+    asked = [piece if gap else None for piece, gap in zip(truth, answer[start:].tolist())]
     right = int((canvas[0] == batch.x0[0])[answer].sum())
-    return (f"  sample at step {step}: {prompt!r} -> {rest!r}, {right} of {int(answer.sum())} "
-            f"right; truth {truth!r}")
+    return "\n".join([
+        f"sample at step {step}: {right} of {int(answer.sum())} right",
+        show_end("prompt", data.tokenizer.decode(batch.prompt[0].tolist())),
+        format_answers([("answer", own)], asked, data.words)])
 
 
 def cut_reply(batch, most):
@@ -467,7 +477,8 @@ def measure_held_out(s, data, model):
 # ---- The command --------------------------------------------------------------------------------
 
 def main():
-    parser = Parser(description=__doc__)
+    parser = Parser(["--model", "--data", "--steps", "--batch", "--lr", "--seed", "--memory",
+                     "--load-4bit", "--plan", "--out", "--resume"], description=__doc__)
     add = parser.add_argument
     add("--out", help="run folder [default runs/ and the name of the data]")
     add("--plan", action="store_true",
@@ -502,8 +513,8 @@ def train_both(s, folder, resume, stop, processes):
     seconds = train(s, folder, resume, stop, processes)
     with last_words(f"stopped; the run is saved in {folder}"):
         if s.memory and s.control:
-            processes.say("\nnow its control: the same data and seed, without memory, with sight "
-                          "of the prompt")
+            processes.say(fold("\nnow its control: the same data and seed, without memory, with "
+                               "sight of the prompt"))
             seconds += train(control_settings(s), folder / "control", resume, stop, processes)
         if processes.is_first:
             finish(s, folder, seconds)

@@ -293,7 +293,7 @@ class ChatData(Source):
     def encode_records(self, records, max_length, truncate, where, skip_bad):
         """Records -> samples of at most max_length tokens, and how many were left out, and why."""
         samples, counts = [], dict.fromkeys(["long", "cut", "special", "refused"], 0)
-        bar = tqdm(records, desc="reading", unit="record", delay=1)
+        bar = tqdm(records, desc="reading", unit="record", delay=1, disable=None)
         for number, turns in enumerate(bar, 1):
             try:
                 prompt, reply, said = self.encode_turns(turns)

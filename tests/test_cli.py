@@ -1,5 +1,6 @@
 """The scripts as a user meets them: run folders, resuming, answers, tables, one-line errors."""
 import errno
+import importlib
 import json
 import os
 import re
@@ -390,7 +391,7 @@ def test_the_checkpoint_holds_the_model_and_nothing_of_phi(two_runs):
 
 def test_help_is_quick_and_heavy_packages_stay_out():
     code = (
-        "import sys; sys.argv = ['train.py', '--help']\nimport train\n"
+        "import sys; sys.argv = ['train.py', '--help-all']\nimport train\n"
         "try: train.main()\nexcept SystemExit: pass\n"
         "heavy = {'matplotlib', 'transformers', 'peft', 'bitsandbytes', 'datasets', 'lm_eval'}\n"
         "heavy &= set(sys.modules)\n"
@@ -398,6 +399,40 @@ def test_help_is_quick_and_heavy_packages_stay_out():
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                          check=True)
     assert "--inner-lr" in run.stdout and "toy, from prompt 0.3" in run.stdout
+
+
+@pytest.mark.parametrize("line", ["train", "generate", "bench", "evaluate", "evaluate compare",
+                                  "evaluate tasks", "evaluate claims"])
+def test_help_fits_a_screen_and_help_all_has_the_rest(cli, monkeypatch, line):
+    monkeypatch.setenv("COLUMNS", "100")
+    script, *command = line.split()
+    module = importlib.import_module(script)
+    code, short, _ = cli(module, *command, "--help")
+    assert code == 0 and len(short.splitlines()) <= 40
+    assert max(map(len, short.splitlines())) <= 100
+    if "--help-all" in short:
+        code, full, _ = cli(module, *command, "--help-all")
+        few, all_ = ({*re.findall(r"^  (--[a-z0-9-]+)", text, re.M)} for text in (short, full))
+        assert code == 0 and few < all_ and "--rank" in all_ and "--rank" not in few
+    else:
+        assert line in ("evaluate", "evaluate claims")
+
+
+@pytest.mark.parametrize("line, says", [
+    ("train --modle toy", "no flag --modle; did you mean --model?"),
+    ("train --stpes=3", "no flag --stpes; did you mean --steps?"),
+    ("train --model toyy", "did you mean toy?"),
+    ("train --model inclusionAI/LLaDA-MoE-7B-A1B-Bas", "mean inclusionAI/LLaDA-MoE-7B-A1B-Base?"),
+    ("train --data dictionry", "did you mean dictionary?"),
+    ("train --optimizer adam8bit", "did you mean adamw8bit?"),
+    ("generate --mode sped", "did you mean speed?"),
+    ("generate --run runs/wrds", "did you mean runs/words?"),
+    ("evaluate comprae", "did you mean compare?"),
+    ("evaluate claims --quik", "did you mean --quick?")])
+def test_a_mistyped_name_gets_the_nearest(cli, trained, tmp_path, line, says):
+    (tmp_path / "runs").symlink_to(trained / "runs")
+    script, *words = line.split()
+    assert says in refused(cli(importlib.import_module(script), *words))
 
 
 def commands_of(*pages):

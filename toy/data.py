@@ -5,6 +5,7 @@ import os
 import random
 
 from data import PAD, Source, name_part
+from files import nearest
 from toy import tasks, text
 from toy.tokenizer import SEP
 
@@ -49,8 +50,9 @@ class ToyData(Source):
     def _open_file(self, path, skip_bad, max_records):
         """Read a file of pairs and hold some of them out."""
         if not os.path.exists(path) and "/" not in path:
-            raise ValueError(f"--data {path}: no such file, and not one of {', '.join(COLUMNS)}, "
-                             "python, pydoc")
+            known = [*COLUMNS, "python", "pydoc"]
+            raise ValueError(f"--data {path}: no such file, and not one of {', '.join(known)}"
+                             f"{nearest(path, known)}")
         pairs, bad = text.read_pairs(path, skip_bad, max_records)
         path = name_part(path, len(pairs) + bad, max_records)
         if not any(prompt for prompt, _, _ in pairs):
