@@ -33,8 +33,9 @@ import contextlib
 import csv
 import gzip
 import json
+import re
 import zlib
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,14 +56,46 @@ class Sample(NamedTuple):
     answer: list[bool]  # which tokens of `rest` are answer: noised in training, then decoded
 
 
+GAP = re.compile(r"\[MASK(?::([1-9]\d{0,6}))?\]")  # in a text to fill in: [MASK], or [MASK:8]
+
+
 class Source:
-    """What the data of toy and real models share."""
+    """What the data of toy and real models share.
+
+    window: how many tokens a text to fill in may have.
+    """
 
     def tests(self, column, numbers, closed_book, name="test"):
         """The held-out samples with these numbers as one batch."""
         samples = [self.test(column, name, number) for number in numbers]
         seeds = [f"{name} {column} {number}" for number in numbers]
         return collate(samples, seeds, closed_book)
+
+    def ask_gaps(self, text):
+        """A text in which [MASK] is a gap and [MASK:8] are eight -> Sample.
+
+        Its prompt, from which memory may be written, is what stands there; its rest is the text
+        with the gaps. ValueError if the text does not do.
+        """
+        ids, gaps, words = [], [], GAP.split(text)
+        for part, count in zip_longest(words[::2], words[1::2], fillvalue=0):
+            if "[MASK" in part:
+                raise ValueError(f"{part.strip()[:40]!r} is no gap: a gap is [MASK], or [MASK:8] "
+                                 "for several tokens")
+            own = self.tokenizer.encode(part)
+            more = 0 if count == 0 else int(count or 1)
+            if len(ids) + len(own) + more > self.window:
+                raise ValueError(f"the text with its gaps has more than {self.window} tokens, "
+                                 "which is this model's window; shorten it")
+            ids, gaps = ids + own + [PAD] * more, gaps + [False] * len(own) + [True] * more
+        prompt = [token for token, gap in zip(ids, gaps) if not gap]
+        if not prompt:
+            raise ValueError("there are only gaps; give some text around them")
+        return Sample(prompt, ids, gaps)
+
+    def recall(self, sample):
+        """What is right in each gap of a user's question; None where nobody knows."""
+        return [None] * sum(sample.answer)
 
 
 # ---- Batches ------------------------------------------------------------------------------------
@@ -101,9 +134,9 @@ def where_tokens(lists):
     return pad([[True] * len(some) for some in lists], False)
 
 
-def visible_pieces(data, ids):
-    """One display string per token, "" for a separator: it says nothing to a reader."""
-    return ["" if piece == "<sep>" else piece for piece in data.tokenizer.pieces(ids)]
+def visible_pieces(pieces):
+    """The display strings of tokens, without those that say nothing to a reader."""
+    return [piece if piece not in ("<sep>", "<eos>", "<pad>") else "" for piece in pieces]
 
 
 # ---- Records ------------------------------------------------------------------------------------

@@ -1,17 +1,18 @@
 """Answer a prompt with a trained run: diffusion decoding, with or without memory of the prompt.
 
-    python generate.py --adapt                          the latest run on a built-in example
+    python generate.py --adapt                          a built-in example
     python generate.py --adapt --prompt "fox ruby owl jade" --question "owl ? fox ?"
     python generate.py --adapt --file notes.txt --show  play the denoising in the terminal
-    python generate.py --adapt --chat                   one prompt after the other
+    python generate.py --adapt --chat                   one line after the other
+    python generate.py --prompt "The [MASK] sat on the [MASK:2]."      fill in gaps
+    python generate.py --prompt "..." --samples 3       several answers, drawn at random
     python generate.py --adapt --html out.html          both ways on one page, with a slider
-    python generate.py --adapt --svg out.svg            the same as a picture that plays
-    python generate.py --model inclusionAI/LLaDA2.1-mini --load-4bit --adapt --mode quality \\
-        --prompt "..." --prompt "..."
+    python generate.py --model inclusionAI/LLaDA2.1-mini --load-4bit --adapt --prompt "..."
 
---adapt runs the inner loop on the prompt first (section 4.5) and shows the answer without memory
-beside it. A run is decoded with the settings that it was trained with; the flags of the inner loop
-change them.
+--adapt writes the prompt into fast weights first (section 4.5) and shows the answer without this
+memory beside it. The same prompt always gives the same memory. Without a run of your own, the toy
+that comes with the repository answers. A run is decoded with the settings that it was trained with;
+the flags of the inner loop change them.
 """
 from __future__ import annotations
 
@@ -19,9 +20,12 @@ if __name__ == "__main__":  # first of all: a Ctrl-C may come while torch is imp
     import console
     console.begin()
 
-import os
+import contextlib
+import importlib
 import sys
 import time
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -29,11 +33,113 @@ from tqdm import tqdm
 
 import memdlm
 from backbones.block_diffusion import MODES
-from console import printable, say
-from data import collate
+from console import (
+    PLAIN, fold, format_answers, has_colors, printable, say, terminal_width, width_of,
+)
+from data import Sample, collate, visible_pieces
 from pages import make_panel, write_animation, write_page
 from runs import open_model
 from settings import CHANGEABLE, Parser, add_flags, one_line
+
+# ---- What is asked ------------------------------------------------------------------------------
+
+class Question(NamedTuple):
+    """A sample to decode, and what is known about it."""
+    sample: Sample
+    text: str             # the prompt as the user wrote it
+    truth: list           # the right token of each gap, None where nobody knows
+    infill: bool = False  # the prompt has gaps itself, and nothing follows it
+
+
+def ask(data, text, question="", length=0):
+    """A user's texts -> Question. ValueError if they do not do."""
+    if "[MASK" not in text:
+        sample = data.ask(text, question, length)
+        return Question(sample, text, data.recall(sample))
+    if question:
+        raise ValueError("a prompt with [MASK] is filled in as it is; leave --question out")
+    sample = data.ask_gaps(text)
+    return Question(sample, text, [None] * sum(sample.answer), infill=True)
+
+
+EXAMPLES = 200  # built-in questions among which a typical one is shown
+
+
+def pick_example(s, data, model, arguments):
+    """A typical built-in question, and what its like come to. Returns a Question and a text.
+
+    Typical is one with as many right answers as the median of EXAMPLES questions has. They come
+    from the middle column of the run's table.
+    """
+    column, seed = list(data.columns)[len(data.columns) // 2], arguments.seed
+    if data.metric != "accuracy":  # nobody can be expected to be right in most of these gaps
+        sample = data.test(column, "example", seed)
+        return Question(sample, data.tokenizer.decode(sample.prompt), answer_ids(sample)), ""
+    samples = [data.test(column, "example", number) for number in range(EXAMPLES)]
+    options, shares = decoder_options(arguments, model), {}
+    for use_memory in [False, True] if arguments.adapt else [False]:
+        rights = []
+        for start in range(0, EXAMPLES, 50):
+            rights += count_right(s, data, model, samples[start:start + 50], use_memory, options)
+        asked = sum(sum(sample.answer) for sample in samples)
+        shares["with memory" if use_memory else "without"] = sum(rights) / asked
+    median = sorted(rights)[EXAMPLES // 2]
+    typical = [sample for sample, right in zip(samples, rights) if right == median]
+    sample = typical[seed % len(typical)]
+    parts = ", ".join(f"{share:.1%} {way}" for way, share in reversed(shares.items()))
+    note = (f"This question is typical: {median} of {sum(sample.answer)} right is the median of "
+            f"{EXAMPLES} such questions. Right answers in all of them: {parts}.")
+    return Question(sample, data.tokenizer.decode(sample.prompt), answer_ids(sample)), note
+
+
+def answer_ids(sample):
+    """The tokens of a sample's answer."""
+    return [token for token, gap in zip(sample.rest, sample.answer) if gap]
+
+
+def count_right(s, data, model, samples, use_memory, options):
+    """How many answer tokens of each sample come out right."""
+    batch = collate(samples, [0] * len(samples), s.closed_book)
+    phi = write_memory(s, model.backbone, batch) if use_memory else None
+    canvas = batch.x0
+    for canvas in model.backbone.decoder(model.backbone, s, batch.x0, batch.maskable, batch.valid,
+                                         batch.seeds, phi, **options):
+        pass
+    return ((canvas == batch.x0) & batch.maskable).sum(1).tolist()
+
+
+# ---- Memory -------------------------------------------------------------------------------------
+
+def write_memory(s, backbone, batch):
+    """Write each prompt of a batch into a phi of its own.
+
+    What is random about it follows from the prompt's tokens. So the same prompt gives the same
+    memory, whatever the seed and whatever else is in the batch.
+    """
+    phi, record = memdlm.adapt(backbone, s, batch.prompt, batch.prompt_valid, prompt_seeds(batch))
+    if record["skipped"]:
+        print(f"warning: {int(record['skipped'])} inner steps were not finite and were left out",
+              file=sys.stderr)
+    return phi
+
+
+def prompt_seeds(batch):
+    """A seed for each prompt, which its tokens decide."""
+    return [" ".join(map(str, ids[valid].tolist()))
+            for ids, valid in zip(batch.prompt, batch.prompt_valid)]
+
+
+def prompt_loss(s, backbone, batch, phi):
+    """The mean loss of each prompt's tokens. Every token is masked once, in one of four parts.
+
+    For a run whose inner loop is cover:4 these are the masks that phi is written with.
+    """
+    prompt, valid, seeds = batch.prompt, batch.prompt_valid, prompt_seeds(batch)
+    parts, _ = memdlm.cover(replace(s, trajectory="cover:4"), valid, valid, None, seeds)
+    nll = sum(memdlm.response_nll(backbone, s, prompt, part, valid, phi)
+              for part in parts if part.any())
+    return (nll.sum(1) / valid.sum(1)).tolist()
+
 
 # ---- Answering ----------------------------------------------------------------------------------
 
@@ -42,37 +148,43 @@ class Answer(NamedTuple):
     label: str
     text: str
     frames: Callable  # () -> a frame per step, and one for the start; see `make_frame`
-    losses: list      # inner loss of each stage, empty without memory
+    ids: list         # the last canvas
+    fill: list        # which of these tokens were decoded
 
 
-def answer(s, data, model, samples, use_memory, seed, **options):
-    """Decode samples as one batch, each with a phi of its own. Returns a list of Answers.
+def answer(s, data, model, samples, phi, seed, infill=False, watch=None, **options):
+    """Decode samples as one batch, each under a phi of its own. Returns a list of Answers.
 
-    use_memory: write each prompt into phi first. seed: decides masks and noise. options: the
-    keyword arguments of the decoder.
+    phi: of their prompts, or None. seed: decides the noise. infill: the samples have
+    gaps with text on both sides. watch(frame) is called with each step of the first sample.
+    options: the keyword arguments of the decoder.
     """
-    batch, phi, losses = collate(samples, [seed] * len(samples), s.closed_book), None, []
-    backbone = model.backbone
-    if use_memory:
-        phi, record = memdlm.adapt(backbone, s, batch.prompt, batch.prompt_valid, batch.seeds)
-        losses = record["inner"].tolist()
-        if record["skipped"]:
-            print(f"warning: {int(record['skipped'])} inner steps were not finite and were left "
-                  "out", file=sys.stderr)
+    batch = collate(samples, [seed] * len(samples), s.closed_book or infill)
+    backbone, tokenizer = model.backbone, data.tokenizer
+    length = batch.valid.sum(1).tolist()
+    fill = [gaps[:n].tolist() for gaps, n in zip(batch.maskable, length)]
     canvases = [batch.x0.masked_fill(batch.maskable, backbone.mask_id)]
-    steps = backbone.decoder(backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi,
-                             **options)
-    canvases += tqdm(steps, desc="denoising", unit="step", leave=False, delay=1, disable=None)
-    label = "with memory of the prompt" if use_memory else "without memory"
-    answers = []
-    for number, length in enumerate(batch.valid.sum(1).tolist()):
-        fill = batch.maskable[number, :length].tolist()
-        ids = [canvas[number, :length].tolist() for canvas in canvases]
-        answers.append(make_answer(data.tokenizer, label, ids, fill, losses))
+    steps = choose_decoder(backbone, infill)(
+        backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi, **options)
+    for canvas in tqdm(steps, desc="denoising", unit="step", leave=False, delay=1,
+                       disable=True if watch else None):
+        canvases.append(canvas)
+        if watch:
+            now, before = (each[0, :length[0]].tolist() for each in (canvas, canvases[-2]))
+            watch(make_frame(tokenizer, now, before, fill[0]))
+    label, answers = "with memory of the prompt" if phi else "without memory", []
+    for number, gaps in enumerate(fill):
+        ids = [canvas[number, :len(gaps)].tolist() for canvas in canvases]
+        answers.append(make_answer(tokenizer, label, ids, gaps))
     return answers
 
 
-def make_answer(tokenizer, label, canvases, fill, losses):
+def choose_decoder(backbone, infill=False):
+    """The model's decoder. Gaps with text on both sides need one that does not go left to right."""
+    return memdlm.denoise if infill else backbone.decoder
+
+
+def make_answer(tokenizer, label, canvases, fill):
     """The Answer of one sample.
 
     canvases: its token ids after each step, the start first. fill: which of them are decoded.
@@ -82,7 +194,7 @@ def make_answer(tokenizer, label, canvases, fill, losses):
         return [make_frame(tokenizer, now, before, fill) for now, before in zip(canvases, previous)]
 
     decoded = [token for token, gap in zip(canvases[-1], fill) if gap]
-    return Answer(label, reply_text(tokenizer, decoded), frames, losses)
+    return Answer(label, reply_text(tokenizer, decoded), frames, canvases[-1], fill)
 
 
 def make_frame(tokenizer, now, before, fill):
@@ -116,84 +228,150 @@ def cut_before(stop, ids):
 
 # ---- In the terminal ----------------------------------------------------------------------------
 
-def respond(s, data, model, samples, arguments, truth=None, texts=None):
-    """Answer samples, without memory and (with --adapt) with it, and show each to the user.
+def respond(s, data, model, questions, arguments, note="", watch=None):
+    """Answer questions, without memory and (with --adapt) with it, and show each to the user.
 
-    texts: the prompts as the user wrote them. truth: the ids of the right answer, if it is known.
+    Returns the last answer's text to each question. note: a text to show after them. watch: a
+    Canvas on which the decoding is seen.
     """
-    options = decoder_options(arguments, model)
-    ways = [False, True] if arguments.adapt else [False]
-    answers = [answer(s, data, model, samples, memory, arguments.seed, **options)
-               for memory in ways]  # a list per way, in it one per sample
-    texts = texts or [data.tokenizer.decode(sample.prompt) for sample in samples]
-    for number, sample in enumerate(samples):
-        own = [each[number] for each in answers]
-        show(s, data, sample, texts[number].strip(), own, arguments, truth)
+    infill, samples = questions[0].infill, [question.sample for question in questions]
+    if any(question.infill != infill for question in questions):
+        raise ValueError("some prompts have [MASK] and others do not; ask for them one at a time")
+    options = decoder_options(arguments, model, infill)
+    ways, answers, losses = [None], [], []
+    if arguments.adapt:
+        batch = collate(samples, [0] * len(samples), s.closed_book or infill)
+        ways.append(write_memory(s, model.backbone, batch))
+        losses = [prompt_loss(s, model.backbone, batch, phi) for phi in ways]
+    for phi in ways:
+        for number in range(arguments.samples):
+            seed = f"{arguments.seed} {number}" if number else arguments.seed
+            several = answer(s, data, model, samples, phi, seed, infill,
+                             watch and watch.draw, **options)
+            if arguments.samples > 1:
+                several = [each._replace(label=f"{each.label}, {number + 1}") for each in several]
+            answers.append(several)  # a list per way, in it one per question
+    if watch:
+        watch.clear()
+    for number, question in enumerate(questions):
+        show(s, data, question, [each[number] for each in answers],
+             [of_way[number] for of_way in losses], arguments, note)
+    return [each.text for each in answers[-1]]
 
 
-def show(s, data, sample, prompt, answers, arguments, truth):
-    """Play, print and write to a page what was asked and what was answered."""
-    joiner = " " if data.words else ""
+def show(s, data, question, answers, losses, arguments, note):
+    """Play, print and write to a page what was asked and what was answered.
+
+    losses: of the prompt, before and after it was written into phi; or [].
+    """
+    sample, joiner = question.sample, " " if data.words else ""
+    hidden = s.closed_book and not question.infill
+    book = " (the decoder does not see it)" if hidden else ""
+    prompt = question.text.strip()
     if arguments.show:
         play(answers, joiner, arguments.delay)
-    book = " (the decoder does not see it)" if s.closed_book else ""
     short = prompt if len(prompt) < 400 else f"{prompt[:180]} [...] {prompt[-180:]}"
-    say(f"prompt{book}: {short}")
-    if not all(sample.answer):
-        pieces = ["?" if gap else data.tokenizer.decode([token])
-                  for token, gap in zip(sample.rest, sample.answer)]
-        say(f"question: {joiner.join(piece for piece in pieces if piece)}")
-    for each in answers:
-        path = " > ".join(f"{loss:.2f}" for loss in each.losses)
-        say(f"{each.label}: {each.text}" + (f"   [inner loss {path}]" if path else ""))
-    note = ""
-    if truth is not None:
-        right = data.tokenizer.decode(cut_before(data.tokenizer.eos_id, truth))
-        note = f"The right answer: {right}"
-        say(note)
+    say(fold(f"prompt{book}: {short}"))
+    if question.infill:
+        print_texts([(each.label, filled_text(data, each)) for each in answers])
+    elif data.words or any(token is not None for token in question.truth):
+        print_tokens(data, question, answers)
+    else:
+        print_texts([("question", f"what follows, {sum(sample.answer)} tokens at most"),
+                     *((each.label, each.text) for each in answers)])
+    if losses:
+        before, after = losses
+        say(fold(f"inner loss: {before:.2f} -> {after:.2f} nats per token of the prompt, each "
+                 "masked once, before and after it was written"))
+    if note:
+        say(fold(note))
+    is_known = None not in question.truth
     if arguments.html:
+        if is_known:
+            truth = cut_before(data.tokenizer.eos_id, question.truth)
+            note = f"The right answer: {data.tokenizer.decode(truth)}. {note}".strip()
         write_page(arguments.html, f"prompt{book}: {prompt}", answers, joiner, note)
         say(f"page written to {arguments.html}")
     if arguments.svg:
-        panels = [make_panel(each.label, each.frames(), truth and right_pieces(data, sample, truth))
-                  for each in answers]
-        heading = "Written into fast weights" + (", then hidden" if s.closed_book else "")
+        truth = right_pieces(data, sample, question.truth) if is_known else None
+        panels = [make_panel(each.label, each.frames(), truth) for each in answers]
+        heading = "Written into fast weights" + (", then hidden" if hidden else "")
         write_animation(arguments.svg, heading, prompt, panels)
         say(f"animation written to {arguments.svg}")
 
 
+def print_texts(texts):
+    """Print labels and texts below each other."""
+    width = max(len(label) for label, _ in texts) + 1
+    for label, text in texts:
+        say(fold(f"{label + ':':{width}} {text}"))
+
+
+def print_tokens(data, question, answers):
+    """Print question and answers token below token, with what is right and wrong."""
+    sample = question.sample
+    given = visible_pieces(data.tokenizer.pieces(sample.rest))
+    rows = [("question", [None if gap else piece for piece, gap in zip(given, sample.answer)])]
+    for each in answers:
+        decoded = [piece for piece, _ in each.frames()[-1][-len(given):]]
+        rows.append((each.label, visible_pieces(decoded)))
+    right = visible_pieces(right_pieces(data, sample, question.truth))
+    print(format_answers(rows, right, data.words))
+
+
+def filled_text(data, answer):
+    """A text with gaps, as it was filled in: The [cat] sat."""
+    parts = []
+    for is_gap, run in groupby(zip(answer.ids, answer.fill), key=lambda pair: pair[1]):
+        text = data.tokenizer.decode([token for token, _ in run])
+        if is_gap:  # a space that begins a gap's first token stands before the bracket
+            text = " " * text.startswith(" ") + f"[{text.removeprefix(' ')}]"
+        parts.append(text)
+    return (" " if data.words else "").join(parts)
+
+
 def right_pieces(data, sample, truth):
-    """What stands at each token that the decoder sees: the right piece in a gap, else None."""
-    pieces, rest = iter(data.tokenizer.pieces(truth)), []
-    for gap in sample.answer:
-        rest.append(next(pieces) if gap else None)
-    return rest
+    """What should stand at each token after the prompt, None where it was given or nobody knows."""
+    pieces = iter(data.tokenizer.pieces([token for token in truth if token is not None]))
+    right = iter([None if token is None else next(pieces) for token in truth])
+    return [next(right) if gap else None for gap in sample.answer]
 
 
 # How a terminal shows the tokens of each state: dim, grey, black on yellow, bold.
 TERMINAL_STYLES = {"given": "\033[2m", "masked": "\033[90m", "new": "\033[30;43m",
                    "done": "\033[1m"}
-PLAIN = "\033[0m"
+
+
+class Canvas:
+    """A place in the terminal where each frame is drawn over the one before."""
+
+    def __init__(self, joiner):
+        self.joiner, self.height = joiner, 0
+
+    def draw(self, frame, label=""):
+        """Draw a frame; of a long one the end. In a pipe the frames are plain lines."""
+        frame = frame[-60:] if self.joiner else frame[-160:]
+        self.clear()
+        print(f"  {label}{format_frame(frame, self.joiner, has_colors())}", flush=True)
+        if has_colors():
+            width = width_of(label + format_frame(frame, self.joiner, styled=False)) + 2
+            self.height = -(-width // terminal_width())
+
+    def clear(self):
+        """Remove the frame that was drawn last."""
+        if self.height:
+            print(f"\033[{self.height}F\033[J", end="")  # up by so many lines; clear from there
+        self.height = 0
 
 
 def play(answers, joiner, delay):
-    """Print the denoising of answers step by step, each step over the one before.
-
-    Where the output is not a terminal, or NO_COLOR is set, the steps are plain lines. Of a long
-    canvas only the end is shown. delay: seconds per step.
-    """
-    live = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    """Print the denoising of answers step by step, with `delay` seconds per step."""
     for each in answers:
         print(f"{each.label}:")
-        height = 0  # lines of the terminal that the previous step takes
+        canvas = Canvas(joiner)
         for number, frame in enumerate(each.frames()):
-            tail = frame[-60:] if joiner else frame[-160:]
-            if height:
-                print(f"\033[{height}F\033[J", end="")  # up by this many lines; clear from there
-            print(f"  {number:3}  {format_frame(tail, joiner, live)}", flush=True)
-            if live:
-                width = len(format_frame(tail, joiner, styled=False))
-                height = 1 + width // max(20, os.get_terminal_size().columns)
+            canvas.draw(frame, f"{number:3}  ")
+            if has_colors():
                 time.sleep(delay)
 
 
@@ -205,44 +383,74 @@ def format_frame(frame, joiner, styled):
     return joiner.join(f"{TERMINAL_STYLES[state]}{piece}{PLAIN}" for piece, state in frame)
 
 
-def chat(s, data, model, arguments):
-    """Answer prompts from the keyboard, a line each.
+# ---- Chat ---------------------------------------------------------------------------------------
 
-    With generated words, a line with a ? is a question about the last prompt.
-    """
+HELP = {"words": "type a prompt to remember, then a question with ? for each gap",
+        "dictionary": "type pairs to remember (fox ruby owl jade), then ask (owl ?)",
+        "chat": "type a message; the conversation is kept",
+        "text": "type the beginning of a text"}
+
+
+def chat(s, data, model, arguments):
+    """Answer lines from the keyboard. A line that cannot be used is told, and the next is read."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        importlib.import_module("readline")  # it lets a line be edited and called back
     asks = data.words and data.kind != "languages"
-    if data.kind == "dictionary":
-        print("type pairs to remember (fox ruby owl jade), then ask (owl ?); quit ends")
-    elif asks:
-        print("type a prompt, then a question with ? for each gap; quit ends")
-    else:
-        print("type a prompt; quit ends")
-    prompt = None
+    kind = data.kind if data.kind in HELP else "words" if asks else "text"
+    print(f"{HELP[kind]}; [MASK] is a gap; /new forgets, /quit ends")
+    kept, turns = "", []  # what a toy was told; a conversation with a real model
     while True:
         try:
             line = input("> ").strip()
         except EOFError:
             return print()
-        if line in ("quit", "exit"):
+        if line in ("quit", "exit", "/quit", "/exit"):
             return
-        if not line:
-            continue
-        if asks and "?" not in line.split():
-            prompt = line
-            continue
-        if asks and prompt is None:
-            print("first a prompt to remember, then the question")
+        if line == "/new":
+            kept, turns = "", []
             continue
         try:
-            if asks:
-                sample = data.ask(prompt, line)
-            else:
-                prompt = line
-                sample = data.ask(prompt, length=arguments.length)
+            if asks and line and "?" not in line and "[MASK" not in line:
+                kept = remember(data, kept, line)
+            elif asks and not kept and "?" in line:
+                print("first a prompt to remember, then the question")
+            elif line:
+                turns = reply(s, data, model, arguments, line, kept if asks else None, turns)
         except ValueError as error:
             say(f"error: {error}")
-            continue
-        respond(s, data, model, [sample], arguments, texts=[prompt])
+
+
+def remember(data, kept, line):
+    """What a toy was told, with one more line. ValueError if it does not do.
+
+    A new value of a dictionary's key takes the place of the old one.
+    """
+    told, gone = data.add_line(kept, line)
+    data.ask(told, "?")
+    say(f"remembered: {told}" + (f" (no longer {gone})" if gone else ""))
+    return told
+
+
+def reply(s, data, model, arguments, line, kept, turns):
+    """Answer one line. Returns the turns of the conversation with it.
+
+    kept: what a toy was told before, None if it is not told before it is asked.
+    """
+    if "[MASK" in line:
+        question = ask(data, line)
+    elif kept is not None:
+        question = ask(data, kept, line)
+    elif data.kind == "chat":
+        asked = [*turns, {"role": "user", "content": line}]
+        sample = data.ask_turns(asked, arguments.length)
+        question = Question(sample, line, data.recall(sample))
+    else:
+        question = ask(data, line, length=arguments.length)
+    canvas = Canvas(" " if data.words else "") if has_colors() else None
+    text, = respond(s, data, model, [question], arguments, watch=canvas)
+    if data.kind != "chat" or question.infill or not text.strip():
+        return turns
+    return [*asked, {"role": "assistant", "content": text}]
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -252,13 +460,16 @@ MOST_TOY_TOKENS = 1 << 13  # the toy has no window, but attention over more take
 
 
 def parse_arguments():
-    parser = Parser(["--adapt", "--prompt", "--question", "--file", "--chat", "--show", "--html",
-                     "--length", "--run", "--model", "--load-4bit", "--seed"], description=__doc__)
+    parser = Parser(["--adapt", "--prompt", "--question", "--file", "--chat", "--samples", "--show",
+                     "--html", "--length", "--run", "--model", "--load-4bit", "--seed"],
+                    description=__doc__)
     add = parser.add_argument
-    add("--run", type=Path, help="run folder [default the latest]")
+    add("--run", type=Path, help="run folder [default the latest, or the toy that comes along]")
     add("--adapt", action="store_true", help="write the prompt into fast weights first")
-    add("--prompt", action="append", help="the prompt; give several to decode them as one batch")
+    add("--prompt", action="append", help="the prompt, with [MASK] or [MASK:8] for a gap of one "
+        "token or 8; give several to decode them as one batch")
     add("--question", default="", help="visible to the decoder after the prompt; ? is a gap")
+    add("--samples", type=int, default=1, help="answers to each prompt [default 1]")
     add("--file", type=Path, help="read the prompt from a file")
     add("--chat", action="store_true", help="read prompts from the keyboard")
     add("--show", action="store_true", help="play the denoising in the terminal")
@@ -269,14 +480,14 @@ def parse_arguments():
     add("--steps", type=int, help="forward passes [default one per token]")
     add("--block-length", type=int,
         help="decode in blocks of this many tokens, left to right [one block]")
-    add("--temperature", type=float, default=0.0,
-        help="0 takes the most probable token [default 0]")
+    add("--temperature", type=float,
+        help="0 takes the most probable token [default 0, with --samples 0.7]")
     add("--cfg-scale", type=float, default=0.0,
         help="classifier-free guidance, 0 for none [default 0]")
     add("--remasking", choices=["low_confidence", "random"], default="low_confidence",
         help="where to commit first [default low_confidence]")
     add("--seed", type=int, default=0,
-        help="decides masks, noise and the built-in example [default 0]")
+        help="decides noise and the built-in example [default 0]")
     block = parser.add_argument_group("LLaDA2.x", "decodes in blocks of 32; --steps is per block")
     block.add_argument("--mode", choices=list(MODES), help="plain: threshold 0.95, as in the "
                        "paper; speed and quality: LLaDA2.1 with token editing, 0.5 / 0.0 and "
@@ -287,7 +498,10 @@ def parse_arguments():
     real = parser.add_argument_group("real models without a run")
     real.add_argument("--model", help="a hub id or a folder, in place of --run")
     add_flags(parser, CHANGEABLE)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.temperature is None:
+        arguments.temperature = 0.7 if arguments.samples > 1 else 0.0
+    return arguments
 
 
 def check_arguments(arguments):
@@ -296,22 +510,26 @@ def check_arguments(arguments):
         value = getattr(arguments, name)
         if value < 0:
             raise ValueError(f"--{name} is {value}; it must not be negative")
-    for name in ("steps", "block_length"):
+    if arguments.samples > 1 and not arguments.temperature and arguments.remasking != "random":
+        raise ValueError("at --temperature 0 all --samples are the same; give another, or leave it "
+                         "out")
+    for name in ("steps", "block_length", "samples"):
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= MOST_STEPS:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie between 1 and "
                              f"{MOST_STEPS}")
 
 
-def decoder_options(arguments, model):
-    """The keyword arguments of the model's decoder, from the flags.
+def decoder_options(arguments, model, infill=False):
+    """The keyword arguments of the decoder, from the flags.
 
     ValueError if a flag was given that only the other decoder has.
     """
     options = dict(steps=arguments.steps, temperature=arguments.temperature)
     denoise_only = dict(block_length=arguments.block_length, cfg_scale=arguments.cfg_scale,
                         remasking=arguments.remasking)
-    if model.backbone.decoder is memdlm.denoise:
+    decoder = choose_decoder(model.backbone, infill)
+    if decoder is memdlm.denoise:
         options |= denoise_only
         wrong = [name for name in ("mode", "threshold", "edit_threshold")
                  if getattr(arguments, name) is not None]
@@ -325,9 +543,9 @@ def decoder_options(arguments, model):
         usual = dict(block_length=None, cfg_scale=0.0, remasking="low_confidence")
         wrong = [name for name, value in denoise_only.items() if value != usual[name]]
     if wrong:
-        decoder = model.backbone.decoder.__name__.replace("_", " ")
-        raise ValueError(f"--{wrong[0].replace('_', '-')} is not for this model, whose decoder "
-                         f"is {decoder}")
+        what = "text with [MASK]" if infill else "this model"
+        raise ValueError(f"--{wrong[0].replace('_', '-')} is not for {what}, whose decoder is "
+                         f"{decoder.__name__.replace('_', ' ')}")
     return options
 
 
@@ -343,19 +561,17 @@ def main():
                              f"{MOST_TOY_TOKENS} tokens")
         if arguments.chat:
             return chat(s, data, model, arguments)
-        texts, truth = arguments.prompt, None
+        texts, note = arguments.prompt, ""
         if arguments.file:
             texts = [arguments.file.read_text(encoding="utf-8")]
         if texts is not None:
-            samples = [data.ask(text, arguments.question, arguments.length) for text in texts]
+            questions = [ask(data, text, arguments.question, arguments.length) for text in texts]
         elif s.model != "toy":
             raise ValueError("no prompt: give --prompt, --file or --chat")
-        else:  # a built-in example, from the middle column of the toy's table
-            column = list(data.columns)[len(data.columns) // 2]
-            sample = data.test(column, "example", arguments.seed)
-            truth = [token for token, gap in zip(sample.rest, sample.answer) if gap]
-            samples = [sample]
-        respond(s, data, model, samples, arguments, truth, texts)
+        else:
+            question, note = pick_example(s, data, model, arguments)
+            questions = [question]
+        respond(s, data, model, questions, arguments, note)
 
 
 if __name__ == "__main__":

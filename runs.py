@@ -27,7 +27,8 @@ import console
 from data import name_part, read_data
 from files import (
     MOST_SAVED, file_checksum, folder_checksum, lock_folder, nearest, open_tensors, read_json,
-    read_tensor, refuse_links, remove_unfinished, write_json, write_tensors, write_text, write_whole,
+    read_tensor, refuse_links, remove_unfinished, write_json, write_tensors, write_text,
+    write_whole,
 )
 from memdlm import MemDLM
 from settings import RECIPES, Settings
@@ -116,9 +117,18 @@ def open_run(folder, with_data=True, **changes):
     return s, data, model.requires_grad_(False).eval()
 
 
+TRAINED_TOY = Path(__file__).parent / "toy" / "trained"  # it comes with the repository
+
+
 def open_model(run, model, changes):
-    """A run (None: the latest), or a real model without one. Returns what open_run returns."""
+    """A run, or a real model without one. Returns what open_run returns.
+
+    Without either: the latest run, or the toy that comes along if there is none yet.
+    """
     if not model:
+        if not run and not list(Path("runs").glob("*/settings.json")):
+            console.say("no run of your own yet: this is the toy that comes with the repository")
+            run = TRAINED_TOY
         return open_run(run or latest_run(), with_data=False, **changes)
     s = Settings(model=model, lora=False, **changes)
     data, memory_model = build(s, training=False)

@@ -272,7 +272,7 @@ class Parser(argparse.ArgumentParser):
         if kind == "unrecognized arguments" and rest.startswith("-"):
             flag = rest.split()[0].partition("=")[0]
             flags = [name for action in self._actions for name in action.option_strings]
-            message = f"there is no flag {flag}{nearest(flag, flags)}"
+            message += nearest(flag, flags)
         elif found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             message += nearest(found[1], re.findall(r"[\w.+&-]+", found[2]))
         joiner = " See" if message.endswith("?") else "; see"

@@ -437,7 +437,8 @@ def describe_sample(s, data, model, step):
                                          batch.seeds, phi):
         pass
     start, answer = 0 if s.closed_book else int(batch.prompt_valid[0].sum()), batch.maskable[0]
-    own, truth = (visible_pieces(data, ids[0][start:].tolist()) for ids in (canvas, batch.x0))
+    own, truth = (visible_pieces(data.tokenizer.pieces(ids[0][start:].tolist()))
+                  for ids in (canvas, batch.x0))
     asked = [piece if gap else None for piece, gap in zip(truth, answer[start:].tolist())]
     right = int((canvas[0] == batch.x0[0])[answer].sum())
     return "\n".join([

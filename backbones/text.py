@@ -350,15 +350,32 @@ class ChatData(Source):
             raise ValueError("--question is for the toy; put the question into the prompt")
         if not prompt.strip():
             raise ValueError("the prompt is empty; give some text with --prompt or --file")
-        if len(prompt) > 100 * self.window:  # it need not be read to be too long
-            raise ValueError(f"the prompt has {len(prompt)} characters, too many for the model's "
+        return self.ask_turns([{"role": "user", "content": prompt.strip()}], length)
+
+    def refuse_long(self, count):
+        """ValueError for a text of so many characters that it need not be read to be too long."""
+        if count > 100 * self.window:
+            raise ValueError(f"the prompt has {count} characters, too many for the model's "
                              f"window of {self.window} tokens; shorten it")
-        ids, _ = self.tokenizer.chat([{"role": "user", "content": prompt.strip()}])
+
+    def ask_turns(self, turns, length=0):
+        """A conversation whose last turn is the user's -> Sample, as `ask`."""
+        self.refuse_long(sum(len(turn["content"]) for turn in turns))
+        ids, _ = self.tokenizer.chat(turns)
         length = length or 128
         if len(ids) + length > self.window:
             raise ValueError(f"the prompt has {len(ids)} tokens, with {length} to generate more "
                              f"than the model's window of {self.window}; shorten it")
         return Sample(ids, [0] * length, [True] * length)
+
+    def ask_gaps(self, text):
+        """A text with gaps, without a chat template -> Sample; see Source.ask_gaps."""
+        self.refuse_long(len(text))
+        self.tokenizer.refuse_special(clean_text(text))
+        if len(self.tokenizer.encode(" a")) == 1:
+            # A word's token holds the space before it. So the space is a gap's to fill.
+            text = text.replace(" [MASK", "[MASK")
+        return super().ask_gaps(text)
 
 
 @lru_cache(maxsize=2)

@@ -20,7 +20,7 @@ import generate
 import memdlm
 import train
 from backbones.tiny import write_tiny
-from data import Sample
+from data import Sample, collate
 from paper.harness import make_harness_class, read_scores, task_metadata
 from paper.scores import add_scores, load_scores
 from paper.tables import print_tables
@@ -96,7 +96,10 @@ def test_a_batch_of_requests_is_answered_like_each_alone(place, which, adapt):
     ids = model.tokenizer.encode(CONTEXTS[2])
     sample = Sample(ids, [0] * 9, [True] * 9)
     options = {"threshold": 0.95} if which == "llada2.1-mini" else {}
-    own, = generate.answer(model.s, model.data, model.model, [sample], adapt, "0 2", **options)
+    batch, phi = collate([sample], ["0 2"], False), None
+    if adapt:
+        phi, _ = memdlm.adapt(model.backbone, model.s, batch.prompt, batch.prompt_valid, ["0 2"])
+    own, = generate.answer(model.s, model.data, model.model, [sample], phi, "0 2", **options)
     assert own.text == together[2]
 
 

@@ -1,9 +1,16 @@
 """The tiny transformer against loops over positions and heads, and its initial weights."""
+import json
 import math
 
 import pytest
 import torch
 
+from compare import list_rows, measure
+from runs import (
+    TRAINED_TOY, build, open_model, open_run, read_checkpoint, read_settings, save_checkpoint,
+    write_settings,
+)
+from settings import Settings, settings_from_flags
 from toy.model import ToyConfig, ToyDLM
 
 
@@ -86,3 +93,41 @@ def test_initial_weights_have_the_spread_of_gpt_2(layers):
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= (2 * layers) ** 0.5
         assert float(p.detach().std()) == pytest.approx(std, rel=0.05), name
+
+
+# ---- The toy that comes along -------------------------------------------------------------------
+
+def test_the_trained_toy_has_its_numbers():
+    """It is measured as in the table of evaluate.py. Another CPU may round a few answers away."""
+    numbers = json.loads((TRAINED_TOY / "numbers.json").read_text())
+    wanted = numbers["share of answers right"]
+    s, data, model = open_run(TRAINED_TOY)
+    assert sum(file.stat().st_size for file in TRAINED_TOY.iterdir()) < 350_000
+    for row in list_rows(s):
+        batch = data.tests("32 x2", range(numbers["samples per cell"]), s.closed_book)
+        share = measure(model, row.s, row.source, batch, data.metric).mean().item()
+        assert share == pytest.approx(wanted[row.label]["32 x2"], abs=0.02), row.label
+    assert wanted["its prompt, cover:4, eta 0.3"]["32 x2"] > 0.8
+    assert wanted["another prompt, cover:4, eta 0.3"]["32 x2"] < 0.06
+
+
+def test_the_trained_toy_was_trained_as_a_run_of_today_is():
+    """The settings of `python train.py` are those that it has; else make it again."""
+    s = read_settings(TRAINED_TOY)
+    assert s == settings_from_flags({"model": "toy", "control": False, "table_samples": 0})
+    tensors, state = read_checkpoint(TRAINED_TOY / "model.safetensors")
+    assert state["step"] == s.steps and not [name for name in tensors if "adamw" in name]
+
+
+def test_without_a_run_the_trained_toy_answers(tmp_path, monkeypatch, capsys):
+    """And with one the latest run does."""
+    monkeypatch.chdir(tmp_path)
+    s, _, _ = open_model(None, None, {"rank": 16})
+    assert s.rank == 16 and s.steps == 1000
+    assert "comes with the repository" in capsys.readouterr().out
+    own = Settings(steps=7, width=16, layers=1, heads=2)
+    _, model = build(own)
+    write_settings(own, tmp_path / "runs" / "own")
+    save_checkpoint(tmp_path / "runs" / "own", model, torch.optim.AdamW(model.parameters()), 7)
+    s, _, _ = open_model(None, None, {})
+    assert s.steps == 7 and not capsys.readouterr().out

@@ -7,7 +7,7 @@ import random
 from data import PAD, Source, name_part
 from files import nearest
 from toy import tasks, text
-from toy.tokenizer import SEP
+from toy.tokenizer import KEYS, SEP, VALUES
 
 LENGTHS = (32, 64, 128)
 DICTIONARIES = ((16, 1), (16, 2), (32, 1), (32, 2), (64, 1), (64, 2), (64, 4))  # length, rep
@@ -21,6 +21,8 @@ COLUMNS = {
     "retrieval": {f"{task} {length}": {"task": task, "length": length}
                   for task in tasks.RETRIEVAL for length in LENGTHS},
 }
+
+QUERIES = 4  # keys of a dictionary that are asked for where the user does not say
 
 # How many gaps an answer has where the user does not say.
 USUAL_GAPS = {"dictionary": 1, "languages": 16, "prose": 16, "retrieval": 1}
@@ -39,6 +41,7 @@ class ToyData(Source):
         self.kind, self.prompt_length, self.response_length = kind, prompt_length, response_length
         self.columns = COLUMNS.get(kind, {f"{prompt_length}": {}})
         self.words = kind in COLUMNS
+        self.window = 4096 if self.words else prompt_length + response_length
         self.tokenizer = tasks.WORDS if self.words else text.BYTES
         self.metric = "accuracy" if kind in ("dictionary", "retrieval") else "nats"
         self.docs, self.pairs, self.note = None, None, ""
@@ -112,6 +115,7 @@ class ToyData(Source):
         """A user's texts -> Sample with gaps to fill. ValueError if the prompt does not do.
 
         Generated words: each `?` of the question is a gap ("owl ? fox ?").
+        A dictionary without a question is asked for its first keys.
         Text: the response follows the prompt and the question, as in training.
         Where there is no gap yet, `length` gaps follow; 0 stands for what the data is used to.
         """
@@ -122,6 +126,11 @@ class ToyData(Source):
         if len(ids) > room:
             raise ValueError(f"the prompt has {len(ids)} tokens but this model's window for it is "
                              f"{room}; shorten it")
+        if self.kind == "dictionary" and not question and not length:
+            words = prompt.split()
+            keys = {key: None for key, value in zip(words, words[1:])
+                    if key in KEYS and value in VALUES}
+            question = " ".join(f"{key} ?" for key in list(keys)[:QUERIES])
         rest, gaps = self._read_words(question) if self.words else self._read_text(question)
         if not any(gaps):
             more = length or USUAL_GAPS.get(self.kind, self.response_length)
@@ -131,9 +140,10 @@ class ToyData(Source):
     def _read_words(self, question):
         """The ids of a question of words behind a separator, and which of them are gaps."""
         rest, gaps = [], []
-        if question.split():
+        words = question.replace("?", " ? ").split()
+        if words:
             rest, gaps = [SEP], [False]
-        for word in question.split():
+        for word in words:
             rest += [PAD] if word == "?" else self.tokenizer.encode(word)
             gaps.append(word == "?")
         return rest, gaps
@@ -143,3 +153,35 @@ class ToyData(Source):
         rest = [SEP] + self.tokenizer.encode(question) if question else []
         rest = rest + [SEP] if self.pairs else rest
         return rest, [False] * len(rest)
+
+    # ---- What a dictionary holds
+
+    def recall(self, sample):
+        """The value of the key before each gap, if the prompt is a dictionary that has just one."""
+        if self.kind != "dictionary":
+            return super().recall(sample)
+        values = {}
+        for key, value in zip(sample.prompt, sample.prompt[1:]):
+            if tasks.WORDS.words[key] in KEYS and tasks.WORDS.words[value] in VALUES:
+                values.setdefault(key, set()).add(value)
+        known = [values.get(before, ()) for before in [None, *sample.rest]]
+        return [next(iter(found)) if len(found) == 1 else None
+                for found, gap in zip(known, sample.answer) if gap]
+
+    def add_line(self, told, line):
+        """What was told before and one more line, and the pairs that it takes the place of.
+
+        ValueError if the line has an unknown word, or if it is not pairs, for a dictionary.
+        """
+        self.tokenizer.encode(line)
+        if self.kind != "dictionary":
+            return f"{told} {line}".strip(), ""
+        words, before = line.split(), told.split()
+        pairs = list(zip(words[::2], words[1::2]))
+        if len(words) % 2 or not all(key in KEYS and value in VALUES for key, value in pairs):
+            raise ValueError(f"{line!r} is not pairs of a key and a value, such as fox ruby (keys: "
+                             f"{', '.join(KEYS[:4])} ...; values: {', '.join(VALUES[:4])} ...)")
+        new, kept, gone = dict(pairs), [], []
+        for key, value in zip(before[::2], before[1::2]):
+            (gone if new.get(key, value) != value else kept).append(f"{key} {value}")
+        return " ".join([*kept, line]), ", ".join(gone)
