@@ -122,12 +122,16 @@ def test_the_trained_toy_was_trained_as_a_run_of_today_is():
 def test_without_a_run_the_trained_toy_answers(tmp_path, monkeypatch, capsys):
     """And with one the latest run does."""
     monkeypatch.chdir(tmp_path)
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     s, _, _ = open_model(None, None, {"rank": 16})
+    assert threads == [1]  # it is too small to share
     assert s.rank == 16 and s.steps == 1000
     assert "comes with the repository" in capsys.readouterr().out
     own = Settings(steps=7, width=16, layers=1, heads=2)
     _, model = build(own)
     write_settings(own, tmp_path / "runs" / "own")
     save_checkpoint(tmp_path / "runs" / "own", model, torch.optim.AdamW(model.parameters()), 7)
-    s, _, _ = open_model(None, None, {})
+    s, _, _ = open_model(None, None, {"threads": 3})
+    assert threads == [1, 3]
     assert s.steps == 7 and not capsys.readouterr().out
