@@ -377,7 +377,8 @@ def play(answers, joiner, delay):
 
 def format_frame(frame, joiner, styled):
     """A frame as one line of text, styled by state or plain."""
-    frame = [(printable(piece), state) for piece, state in frame]
+    pieces = visible_pieces([piece for piece, _ in frame])
+    frame = [(printable(piece), state) for piece, (_, state) in zip(pieces, frame) if piece]
     if not styled:
         return joiner.join(piece for piece, _ in frame)
     return joiner.join(f"{TERMINAL_STYLES[state]}{piece}{PLAIN}" for piece, state in frame)

@@ -11,7 +11,7 @@ import memdlm
 from backbones.block_diffusion import block_diffusion
 from backbones.text import ChatData
 from data import PAD, collate
-from runs import build
+from runs import TRAINED_TOY, build, open_run
 from settings import Settings
 from toy.data import ToyData
 
@@ -29,6 +29,13 @@ class Letters:
 
     def pieces(self, ids):
         return list(self.decode(ids))
+
+
+def test_a_frame_in_the_terminal_shows_no_separator():
+    frame = [("<sep>", "given"), ("owl", "given"), ("?", "masked"), ("<eos>", "new")]
+    assert generate.format_frame(frame, " ", styled=False) == "owl ?"
+    assert generate.format_frame(frame, " ", styled=True) == (
+        "\033[2mowl\033[0m \033[90m?\033[0m")
 
 
 def make_model(decoder):
@@ -158,18 +165,18 @@ def test_the_example_is_typical_and_its_rate_is_counted(cli, untrained, monkeypa
         assert "60.0% with memory, 0.0% without" in out
 
 
-def test_right_answers_are_counted_as_they_are_shown(untrained):
-    """Each question of a batch alone, decoded as an answer is."""
-    s, data, model = untrained
-    model.backbone.lm_head.weight.data *= 40  # so that answers differ
-    samples = [data.test("16 x2", "example", number) for number in range(8)]
+def test_right_answers_are_counted_as_they_are_shown():
+    """Each question of a batch alone, decoded as an answer is, by the toy that comes along."""
+    s, data, model = open_run(TRAINED_TOY)
+    samples, counts = [data.test("16 x2", "example", number) for number in range(8)], []
     for memory in (False, True):
-        counted = generate.count_right(s, data, model, samples, memory, {})
-        for sample, count in zip(samples, counted):
-            phi = generate.write_memory(s, model.backbone, collate([sample], [0], False))
+        counts.append(generate.count_right(s, data, model, samples, memory, {}))
+        for sample, count in zip(samples, counts[-1]):
+            phi = generate.write_memory(s, model.backbone, collate([sample], [0], True))
             own, = generate.answer(s, data, model, [sample], phi if memory else None, 0)
             said = [token for token, gap in zip(own.ids, own.fill) if gap]
             assert count == sum(a == b for a, b in zip(said, generate.answer_ids(sample)))
+    assert sum(counts[0]) < 5 < 20 < sum(counts[1])
 
 
 def test_without_memory_is_theta_alone(untrained):
