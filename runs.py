@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -78,18 +79,14 @@ def build_real(s, training, device, say):
     from backbones.checkpoint import describe, load_backbone
     from backbones.families import read_config
     from backbones.lora import add_lora, load_adapter
-    from backbones.plan import memory_plan, plan_text
     from backbones.text import ChatData, chat_turns
-    config, records, bad = read_config(s.model), [], 0
+    config, records, bad, device = read_config(s.model), [], 0, device or pick_device(s)
     if training:
         if s.load_4bit and not s.lora and (s.merge or not s.from_adapter):
             raise ValueError("4-bit weights cannot be trained themselves: leave out --no-lora or "
                              "--load-4bit")
         records, bad = read_data(s.data, chat_turns, s.skip_bad, s.max_records)
-        room = None
-        if torch.cuda.is_available():
-            room = torch.cuda.get_device_properties(device or 0).total_memory
-        say(plan_text(memory_plan(config, s, s.max_length), room))
+        say(plan_memory(config, s, device))
     merge = s.from_adapter if s.merge else ""
     backbone = load_backbone(s.model, s.load_4bit, s.dtype, device, s.attention, s.checkpointing,
                              merge)
@@ -105,6 +102,25 @@ def build_real(s, training, device, say):
     data = ChatData(backbone, records, s.max_length, s.truncate, s.split_seed, where, bad, s.seed,
                     s.skip_bad, s.turns)
     return data, MemDLM(backbone, s)
+
+
+def pick_device(s):
+    """The device of a real model, as torch names it. ValueError if there is none of its kind."""
+    there_is_a_gpu = torch.cuda.is_available()
+    if s.device == "cuda" and not there_is_a_gpu:
+        raise ValueError("--device cuda: PyTorch finds no GPU here")
+    return "cuda" if there_is_a_gpu and s.device != "cpu" else "cpu"
+
+
+def plan_memory(config, s, device, room=None):
+    """The lines that say how much memory a run will take. room: bytes, if not the device's."""
+    from backbones.plan import memory_plan, plan_text
+    kind = torch.device(device).type
+    if kind == "cuda" and torch.cuda.is_available():
+        room = torch.cuda.get_device_properties(device).total_memory
+    elif kind == "cpu":
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return plan_text(memory_plan(config, s, s.max_length, kind), room, kind)
 
 
 # ---- Folder -> model ----------------------------------------------------------------------------

@@ -117,8 +117,12 @@ class Settings(memdlm.Settings):
     dtype: str = setting("loading", "auto", "precision of the weights that are not quantised, and "
         "of the computation: auto is bfloat16 on a GPU, on a CPU the file's",
         ["auto", "bfloat16", "float32"])
-    attention: str = setting("loading", "full", "LLaDA2.x in training and adaptation: full, as in "
-        "the published run, or block, the block-causal mask it decodes with", ["full", "block"])
+    device: str = setting("loading", "auto", "where a real model runs: auto is a GPU if there is "
+        "one", ["auto", "cuda", "cpu"])
+    attention: str = setting("loading", "full", "where a token looks: everywhere (full); or, for "
+        "LLaDA2.x and SDAR in training and adaptation, not beyond its block (block), as they "
+        "decode; or, for models trained left to right, not to its right (causal), in the N lower "
+        "layers alone (causal:N)")
     from_adapter: str = setting("loading", "", "start from this LoRA: a folder or hub id in PEFT's "
         "format")
     merge: bool = setting("loading", False, "add --from-adapter to the weights, before they are "
@@ -135,6 +139,9 @@ class Settings(memdlm.Settings):
                              "all of its weights")
         if self.model == "toy" and self.turns == "all":
             raise ValueError("--turns all is for real models; a sample of the toy has one response")
+        if not re.fullmatch(r"full|block|causal(:[1-9][0-9]{0,3})?", self.attention):
+            raise ValueError(f"attention is {self.attention!r:.80}; it must be one of full, block, "
+                             "causal, causal:N with N from 1 (causal:20)")
         if self.toy_lora and (self.model != "toy" or not self.from_run):
             raise ValueError("--toy-lora is for a toy that starts --from-run")
         if self.from_run and self.model != "toy":

@@ -44,7 +44,7 @@ from data import collate, visible_pieces
 from files import append_line
 from runs import (
     build, find_run_to_resume, hold_run, load_checkpoint, missing_folders, pick_folder,
-    save_checkpoint, trim_metrics, whole_run, write_settings,
+    plan_memory, save_checkpoint, trim_metrics, whole_run, write_settings,
 )
 from settings import (
     Parser, Settings, add_flags, control_settings, one_line, refuse, settings_from_flags,
@@ -522,15 +522,18 @@ def train_both(s, folder, resume, stop, processes):
 
 
 def show_plan(s):
-    """Print the memory that a run of a real model would take, beside what there is."""
+    """Print the memory that a run of a real model and its answers would take.
+
+    Without a GPU the plan is one for a GPU of 24 GiB, unless the user says --device cpu.
+    """
     from backbones.families import read_config
-    from backbones.plan import memory_plan, plan_text
+    from backbones.plan import answer_plan, plan_text
     if s.model == "toy":
         raise ValueError("--plan is for real models; the toy takes a few hundred megabytes")
-    room = 24 * 2**30
-    if torch.cuda.is_available():
-        room = torch.cuda.get_device_properties(0).total_memory
-    print(plan_text(memory_plan(read_config(s.model), s, s.max_length), room))
+    config, device = read_config(s.model), "cpu" if s.device == "cpu" else "cuda"
+    print(plan_memory(config, s, device, room=24 * 2**30))
+    parts = answer_plan(config, s, min(s.max_length, 2048), device)
+    print(plan_text(parts, title="memory of one answer"))
 
 
 def start_run(out, s, processes):

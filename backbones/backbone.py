@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import memdlm
-from backbones.blocks import Context, RMSNorm, linear, rotary
+from backbones.blocks import Context, RMSNorm, TiedHead, linear, rotary
 from backbones.families import FAMILIES
 from backbones.lora import weights_checksum
 
@@ -17,10 +17,12 @@ LOGITS = 1 << 26  # numbers in the largest tensor of logits at a time: 256 MB in
 def build_network(config):
     """The module tree of a checkpoint, under the checkpoint's own names."""
     family, root = FAMILIES[config.family], nn.Module()
-    parts = {family.embed: nn.Embedding(config.vocab_size, config.width),
+    embedding = nn.Embedding(config.vocab_size, config.width)
+    parts = {family.embed: embedding,
              family.layers: nn.ModuleList(family.block(config, i) for i in range(config.layers)),
              family.norm: RMSNorm(config.width, config.eps),
-             family.head: linear(config.width, config.vocab_size)}
+             family.head: (TiedHead(embedding) if config.tied
+                           else linear(config.width, config.vocab_size))}
     for path, module in parts.items():
         *outer, name = path.split(".")
         place = root
@@ -30,6 +32,35 @@ def build_network(config):
             place = getattr(place, part)
         setattr(place, name, module)
     return root
+
+
+def causal_layers(attention, layers):
+    """How many layers, the lowest, look left only: "causal:20" 20, "causal" all, others none."""
+    kind, _, number = attention.partition(":")
+    if kind != "causal":
+        return 0
+    if int(number or layers) > layers:
+        raise ValueError(f"--attention {attention}: the model has {layers} layers")
+    return int(number or layers)
+
+
+def shift_right(h):
+    """The hidden states that tell the logits of each token where those of token i come from i - 1.
+
+    The first token has none before it and keeps its own. h [B, L, D].
+    """
+    return torch.cat([h[:, :1], h[:, :-1]], dim=1)
+
+
+def shift_left(need):
+    """Where hidden states are read if they will be shifted right. need [B, L] bool.
+
+        need      1 0 0 1 1      token 0 reads its own
+        read      1 0 1 1 0      tokens 3 and 4 read those of 2 and 3
+    """
+    read = torch.cat([need[:, 1:], torch.zeros_like(need[:, :1])], dim=1)
+    read[:, 0] |= need[:, 0]
+    return read
 
 
 class Backbone(nn.Module):
@@ -44,6 +75,8 @@ class Backbone(nn.Module):
         self.title, self.decoder = self.family.title, self.family.decoder
         self.num_layers, self.vocab_size = config.layers, config.vocab_size
         self.mask_id, self.lora_config = config.mask_id, None
+        self.block_length = config.block_length or self.family.block_length
+        self.causal_layers = causal_layers(attention, config.layers)
 
     @property
     def core(self):
@@ -81,30 +114,43 @@ class Backbone(nn.Module):
         where = torch.arange(before, before + h.shape[1], device=h.device)
         precision = torch.float32 if self.family.rotary_in_float32 else h.dtype
         cos, sin = rotary(where, self.config.rotary_dim, self.config.rope_theta, precision)
-        context = Context(cos, sin, self.mask(valid, h, past), past, None)
+        context = Context(cos, sin, None, past, None)
+        shift = self.config.shift and stop is None
+        if shift and need is not None:
+            need = shift_left(need)
         # Fast weights act from `stop` on. What is recomputed in the backward pass must not need
         # them.
         recompute = self.checkpointing and stop is not None and torch.is_grad_enabled()
         rows = rows_needed(need, h.device)
         for layer in self.part("layers")[start:stop]:
+            if layer.layer in (start, self.causal_layers):  # where the mask is another
+                looks_left = layer.layer < self.causal_layers
+                context = context._replace(mask=self.mask(valid, h, past, looks_left))
             if layer.layer == self.num_layers - 1:
                 context = context._replace(need=rows)
             h = (checkpoint(layer, h, context, use_reentrant=False) if recompute
                  else layer(h, context))
-        return h
+        return shift_right(h) if shift else h
 
-    def mask(self, valid, h, past):
-        """Where a query may look: not at padding and, if block-causal, not beyond its own block."""
+    def mask(self, valid, h, past, looks_left=False):
+        """Where a query may look: not at padding and, if block-causal, not beyond its own block.
+
+        looks_left: nor at what follows it, in the layers that stay as they were trained.
+        """
         mask = None
         if valid is not None and not valid.all():
             mask = valid[:, None, None, :].to(h.device)  # [B, 1, 1, L]
         if self.attention == "block" or past is not None:
-            size, before = self.family.block_length, past.length if past else 0
+            size, before = self.block_length, past.length if past else 0
             # If all queries are in the last block they see everything.
             if (before + h.shape[1] - 1) // size != before // size:
                 block = torch.arange(before + h.shape[1], device=h.device) // size
                 causal = block[before:, None] >= block  # [L, before + L]
                 mask = causal if mask is None else mask & causal
+        if looks_left:
+            place = torch.arange((past.length if past else 0) + h.shape[1], device=h.device)
+            left = place[-h.shape[1]:, None] >= place
+            mask = left if mask is None else mask & left
         return mask
 
     def head(self, h):

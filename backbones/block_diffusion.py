@@ -1,7 +1,7 @@
-"""Block diffusion, the decoder of LLaDA2.x.
+"""Block diffusion, the decoder of LLaDA2.x and SDAR.
 
-Text is decoded a block of 32 after the other. A token sees its own block and those before, so a
-finished block never changes, and its keys and values are kept:
+Text is decoded a block of 32 after the other, of 4 by SDAR. A token sees its own block and those
+before, so a finished block never changes, and its keys and values are kept:
 
     prompt in whole blocks     one pass; keys and values are kept
     block 1   _ _ _ _ ... _    look: commit what is surer than the threshold, at least one token
@@ -9,7 +9,7 @@ finished block never changes, and its keys and values are kept:
               a b e c ... d    once more with the final tokens; keys and values are kept
     block 2   _ _ _ _ ... _    and so on, until a sample says its end
 
-A look computes 32 positions, however long the text before is.
+A look computes one block's positions, however long the text before is.
 """
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def block_diffusion(backbone, s, x, fill, valid, seeds, phi=None, threshold=0.95
     another by more than this, until nothing changes or after `extra_steps` looks.
     A sample is done after the block in which it says its end; what is left of it is that token.
     """
-    size, end = backbone.family.block_length, int(valid.sum(1).max())
+    size, end = backbone.block_length, int(valid.sum(1).max())
     canvas = Canvas(backbone, s, phi, x, fill, valid)
     x, fill, done = canvas.x, canvas.fill, ~fill.any(1)  # done [B]: the sample wants nothing more
     stops = torch.tensor(backbone.stop_ids)
@@ -80,7 +80,7 @@ class Canvas:
     def __init__(self, backbone, s, phi, x, fill, valid):
         self.backbone, self.s, self.phi = backbone, s, phi
         self.x, self.given, self.fill = to_whole_blocks(
-            x, fill, valid, backbone.mask_id, backbone.family.block_length)
+            x, fill, valid, backbone.mask_id, backbone.block_length)
         self.open_, self.past = self.fill.clone(), Past(self.x.shape[1])
 
     def forward(self, start, stop, need=None):

@@ -1,6 +1,6 @@
-"""The parts of a transformer, and the three blocks side by side.
+"""The parts of a transformer, and the blocks side by side.
 
-A block is one layer. All three do the same two things:
+A block is one layer. All of them do the same two things:
 
     h = h + attention(norm(h))
     h = h + feed_forward(norm(h))
@@ -53,9 +53,23 @@ class RMSNorm(nn.Module):
         return self.weight * normal.to(x.dtype)
 
 
-def linear(width, out):
-    """A linear layer without bias. No matrix of these models has one."""
-    return nn.Linear(width, out, bias=False)
+def linear(width, out, bias=False):
+    """A linear layer. Of these models only Qwen2's queries, keys and values have a bias."""
+    return nn.Linear(width, out, bias=bias)
+
+
+class TiedHead(nn.Module):
+    """A head that multiplies by the embedding. It has no weights of its own.
+
+    So there is one matrix, which is saved once, and nothing to quantise or to adapt.
+    """
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.shared = [embedding]  # in a list, so that it is no part of this module
+
+    def forward(self, h):
+        return F.linear(h, self.shared[0].weight)
 
 
 def rotary(positions, dim, theta, dtype):
@@ -146,7 +160,7 @@ def feed_forward_matrices(mlp):
     return found
 
 
-# ---- The three blocks ---------------------------------------------------------------------------
+# ---- The blocks ---------------------------------------------------------------------------------
 
 class LLaDABlock(nn.Module):
     """LLaDA-8B."""
@@ -176,6 +190,49 @@ class LLaDABlock(nn.Module):
         if scope == "ffn+attn":
             names += ["q_proj", "k_proj", "v_proj", "attn_out"]
         return {name: getattr(self, name) for name in names}
+
+
+class LlamaBlock(nn.Module):
+    """Llama under the transformers library's names; with a variant each, Qwen2 and Qwen3."""
+    qkv_bias, head_norms = False, False
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, c.head_dim
+        D, q, kv = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, c.eps), RMSNorm(D, c.eps)
+        self.self_attn, self.mlp = nn.Module(), FeedForward(D, c.ffn)
+        a, bias = self.self_attn, self.qkv_bias
+        a.q_proj, a.k_proj = linear(D, q, bias), linear(D, kv, bias)
+        a.v_proj, a.o_proj = linear(D, kv, bias), linear(q, D)
+        if self.head_norms:
+            a.q_norm, a.k_norm = RMSNorm(c.head_dim, c.eps), RMSNorm(c.head_dim, c.eps)
+
+    def forward(self, h, context):
+        x, a = self.input_layernorm(h), self.self_attn
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))
+                   for project in (a.q_proj, a.k_proj, a.v_proj))
+        if self.head_norms:
+            q, k = a.q_norm(q), a.k_norm(k)
+        h = h + a.o_proj(attend(q, k, v, context, self.layer))
+        return add_feed_forward(h, self.post_attention_layernorm, context.need, self.mlp)
+
+    def matrices(self, scope):
+        found = feed_forward_matrices(self.mlp)
+        if scope == "ffn+attn":
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                found[f"self_attn.{name}"] = getattr(self.self_attn, name)
+        return found
+
+
+class Qwen2Block(LlamaBlock):
+    """Qwen2 and Qwen2.5: queries, keys and values have a bias."""
+    qkv_bias = True
+
+
+class Qwen3Block(LlamaBlock):
+    """Qwen3: queries and keys are normalised per head."""
+    head_norms = True
 
 
 class LLaDAMoEBlock(nn.Module):

@@ -14,6 +14,7 @@ from torch import nn
 
 from backbones.backbone import Backbone, build_network
 from backbones.config import check_id, read_ends, show
+from backbones import smollm2
 from backbones.experts import Stack
 from backbones.families import FAMILIES, PUBLISHED, translate
 from backbones.lora import merge_adapter
@@ -40,30 +41,24 @@ def load_backbone(model, load_4bit=False, dtype="auto", device=None, attention="
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if random:
-        folder, raw = None, PUBLISHED[model] if isinstance(model, str) else model
-        source = random_source(device, seed)
+        raw, tokenizer = PUBLISHED[model] if isinstance(model, str) else model, None
+        config, source = translate(raw), random_source(device, seed)
+        config = set_special_ids(config, tokenizer, "the model")
     else:
-        folder = model_folder(model)
-        raw, source = read_json(folder / "config.json"), Shards(folder)
-    config = translate(raw, str(folder / "config.json") if folder else "config.json")
-    family, tokenizer = FAMILIES[config.family], None
-    if folder:
-        config = add_generation_ends(config, folder / "generation_config.json")
-    if folder and (folder / "tokenizer.json").exists():
-        tokenizer = Tokenizer(folder, config)
-    config = set_special_ids(config, tokenizer, folder or "the model")
+        open_files = open_package if smollm2.is_meant(model) else open_folder
+        config, raw, source, tokenizer = open_files(model)
+    family = FAMILIES[config.family]
     if attention == "block" and not family.block_length:
-        raise ValueError(f"--attention block is for LLaDA2.x; {family.title} attends fully")
+        raise ValueError("--attention block is for LLaDA2.x and SDAR, which decode in blocks; "
+                         f"{family.title} attends fully")
     dtype = choose_dtype(dtype, raw, device)
-    if folder:
-        source.refuse_few(config)
     with torch.device("meta"):
         network = build_network(config)
         if load_4bit:
             to_4bit(network, config, dtype)
     weights = merge_adapter(source, merge, network, model, config) if merge else source
     load_weights(network, weights, dtype, device)
-    if folder:
+    if not random:
         source.finish()
     if tokenizer:
         tokenizer.mask_id, tokenizer.eos_id = config.mask_id, config.eos_id
@@ -71,8 +66,31 @@ def load_backbone(model, load_4bit=False, dtype="auto", device=None, attention="
     if device.type == "cuda":
         # TF32: products in float32, above all the LoRA's, on tensor cores.
         torch.set_float32_matmul_precision("high")
-    name = (model if folder else "random weights") + (f" merged with {merge}" if merge else "")
+    name = ("random weights" if random else model) + (f" merged with {merge}" if merge else "")
     return Backbone(network, config, tokenizer, attention, checkpointing, name).eval()
+
+
+def open_folder(model):
+    """A hub id or a folder -> config, config.json as a dict, source of weights, tokenizer."""
+    folder = model_folder(model)
+    raw, source, tokenizer = read_json(folder / "config.json"), Shards(folder), None
+    config = translate(raw, str(folder / "config.json"))
+    config = add_generation_ends(config, folder / "generation_config.json")
+    if config.tied:
+        config = replace(config, tied=source.is_tied(config))
+    if (folder / "tokenizer.json").exists():
+        tokenizer = Tokenizer(folder, config)
+    config = set_special_ids(config, tokenizer, folder)
+    source.refuse_few(config)
+    return config, raw, source, tokenizer
+
+
+def open_package(model):
+    """The same of the model that comes inside a package."""
+    file = smollm2.Gguf(smollm2.find_file())
+    raw, hf = PUBLISHED[model], smollm2.read_tokenizer(file.fields)
+    config = translate(raw)
+    return config, raw, smollm2.PackagedWeights(file, config), Tokenizer(model, config, hf)
 
 
 def choose_dtype(dtype, raw, device):
@@ -206,6 +224,18 @@ class Shards:
             raise ValueError(f"{self.folder}: by its config.json the model has {needed:,} tensors "
                              f"or more, the checkpoint {len(self.file_of):,}")
 
+    def is_tied(self, config):
+        """Is the head the embedding, as config.json says?
+
+        A file may hold the head beside the embedding: as a copy, or, as some converted models do
+        in spite of their config.json, as a head of its own, which then is what was trained.
+        """
+        family, shape = FAMILIES[config.family], (config.vocab_size, config.width)
+        if f"{family.head}.weight" not in self.file_of:
+            return True
+        head, embedding = (self(f"{name}.weight", shape) for name in (family.head, family.embed))
+        return torch.equal(head, embedding)
+
     def finish(self):
         """ValueError unless everything in the files was asked for."""
         left = sorted(set(self.file_of) - self.used)
@@ -266,8 +296,9 @@ def to_4bit(network, config, dtype):
         if isinstance(old, Stack):
             old.in_4bit = True
             continue
-        new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=dtype,
-                                compress_statistics=True, quant_type="nf4", device="meta")
+        new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=old.bias is not None,
+                                compute_dtype=dtype, compress_statistics=True, quant_type="nf4",
+                                device="meta")
         # On some CPUs bitsandbytes switches in eval mode to a fused product that has no gradient.
         # Adapting to a prompt would then silently do nothing.
         new.support_avx512bf16_for_cpu = False

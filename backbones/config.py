@@ -10,7 +10,7 @@ that is null says nothing.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from reprlib import Repr
 
 from files import MOST_TENSORS
@@ -40,8 +40,7 @@ PRECISIONS = (None, "float32", "float16", "bfloat16", "float64")
 NEUTRAL = dict(
     dtype=PRECISIONS, torch_dtype=PRECISIONS,
     is_encoder_decoder=(None, False), is_decoder=(None, False), is_causal=(None, False),
-    add_cross_attention=(None, False), tie_encoder_decoder=(None, False), pruned_heads=(None, {}),
-    tie_word_embeddings=(None, False))
+    add_cross_attention=(None, False), tie_encoder_decoder=(None, False), pruned_heads=(None, {}))
 # Where a file says that its weights are quantised.
 QUANTISED = ("quantization_config", "quantization", "compression_config")
 
@@ -76,7 +75,11 @@ class Config:
     groups: int = 1        # groups of experts; a token chooses among the best `top_groups`
     top_groups: int = 1
     routed_scale: float = 1.0
+    tied: bool = False     # the head is the embedding
+    shift: bool = False    # the logits of a token come from the hidden state before it
+    block_length: int = 0  # of a block, which sees itself and those before; 0: the family's
     max_length: int = 0    # positions the model was made for
+    stored: str | None = field(default=None, compare=False)  # precision of the files' numbers
     mask_id: int | None = None
     eos_ids: tuple = ()    # all tokens that end a text
 

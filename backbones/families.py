@@ -5,11 +5,14 @@ tests. Everything else asks the row.
 """
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import memdlm
 from backbones.block_diffusion import block_diffusion
-from backbones.blocks import LLaDA2Block, LLaDABlock, LLaDAMoEBlock
+from backbones.blocks import (
+    LLaDA2Block, LLaDABlock, LLaDAMoEBlock, LlamaBlock, Qwen2Block, Qwen3Block,
+)
 from backbones.config import Config, Fields, show
 from files import model_folder, read_json
 
@@ -48,7 +51,8 @@ def _dense(fields):
         rope=(None, True), scale_logits=(None, False), input_emb_norm=(None, False),
         rope_full_precision=(None, True), partial_rotary_factor=(None, 1),
         layer_norm_with_affine=(None, True), bias_for_layer_norm=(None, False),
-        multi_query_attention=(None, False), block_group_size=(None, 1))
+        multi_query_attention=(None, False), block_group_size=(None, 1),
+        tie_word_embeddings=(None, False))
     # The sizes stand in other fields, and what has no part in this block asks nothing.
     fields.ignore("mlp_ratio", "alibi_bias_max", "attention_layer_norm_with_affine", "precision",
                   "flash_attention", "init_device", "init_fn", "init_std", "init_cutoff_factor")
@@ -69,7 +73,8 @@ def _moe(fields):
     """LLaDA-MoE's config.json."""
     fields.only(
         attention_bias=(None, False), clip_qkv=(None,), qk_layernorm=(True,),
-        moe_router_enable_expert_bias=(None, False), partial_rotary_factor=(None, 1),
+        tie_word_embeddings=(None, False), moe_router_enable_expert_bias=(None, False),
+        partial_rotary_factor=(None, 1),
         shared_expert_intermediate_size=(None, 0, -1), hidden_act=("silu",),
         moe_router_score_function=(None, "softmax"), norm_topk_prob=(None, False),
         router_num_group=(None, 1, 0, -1, -2), router_topk_group=(None, 1, 0, -1, -2),
@@ -80,7 +85,7 @@ def _moe(fields):
     if any(layer != 1 for layer in (frequency if isinstance(frequency, list) else [frequency])):
         raise ValueError(f"{fields.name}: dense layers (moe_layer_freq with a 0) are a variant "
                          "that this code does not compute")
-    return _sizes(fields) | dict(
+    return _sizes(fields) | _experts(fields) | dict(
         expert_ffn=fields.number("expert_intermediate_size"), ffn=0, dense_layers=0)
 
 
@@ -88,6 +93,7 @@ def _moe2(fields):
     """LLaDA2.x's config.json."""
     fields.only(
         use_bias=(False,), use_qkv_bias=(None, False), use_qk_norm=(None, True),
+        tie_word_embeddings=(None, False),
         score_function=(None, "sigmoid"), hidden_act=("silu",), norm_head=(None, False),
         use_sliding_window=(None, False), norm_topk_prob=(None, True), norm_softmax=(None, False),
         use_rmsnorm=(None, True), using_split_qkv_in_self_attention=(None, False),
@@ -102,7 +108,7 @@ def _moe2(fields):
     else:
         rotary_dim = number("rotary_dim")
     expert_ffn = number("moe_intermediate_size")
-    return sizes | dict(
+    return sizes | _experts(fields) | dict(
         rotary_dim=rotary_dim, expert_ffn=expert_ffn, ffn=number("intermediate_size"),
         dense_layers=number("first_k_dense_replace", low=0),
         shared=expert_ffn * number("num_shared_experts", low=0),
@@ -111,7 +117,7 @@ def _moe2(fields):
 
 
 def _sizes(fields):
-    """What both MoE families call by the library's usual names."""
+    """The sizes under the library's usual names."""
     number = fields.number
     width, heads = number("hidden_size"), number("num_attention_heads")
     head_dim = number("head_dim") if fields.get("head_dim") else fields.share(width, heads)
@@ -122,8 +128,49 @@ def _sizes(fields):
         rotary_dim=head_dim,
         rope_theta=number("rope_theta", high=1e12, kind=float),
         eps=number("rms_norm_eps", low=0, high=1, kind=float),
-        experts=number("num_experts", high=1 << 14), top_k=number("num_experts_per_tok"),
         max_length=number("max_position_embeddings", high=1 << 30))
+
+
+def _experts(fields):
+    """How many experts there are, and how many a token uses."""
+    number = fields.number
+    return dict(experts=number("num_experts", high=1 << 14), top_k=number("num_experts_per_tok"))
+
+
+def _llama(fields, biases=(None, False)):
+    """The library's config.json of Llama and Qwen3. biases: what attention_bias may be."""
+    fields.only(
+        hidden_act=("silu",), attention_bias=biases, mlp_bias=(None, False),
+        use_sliding_window=(None, False), use_mrope=(None, False), pretraining_tp=(None, 1),
+        tie_word_embeddings=(None, False, True), is_llama_config=(None, True),
+        rope_interleaved=(None, False), partial_rotary_factor=(None, 1))
+    fields.ignore("sliding_window", "max_window_layers")  # of a window that is not used
+    sizes = _sizes(fields)
+    kinds = fields.get("layer_types")
+    if kinds not in (None, ["full_attention"] * sizes["layers"]):
+        fields.refuse("layer_types", kinds)
+    return sizes | dict(ffn=fields.number("intermediate_size"), dense_layers=sizes["layers"],
+                        tied=bool(fields.get("tie_word_embeddings")))
+
+
+def _qwen2(fields):
+    """Qwen2's and Qwen2.5's config.json. Its queries, keys and values always have a bias."""
+    return _llama(fields, biases=(None, True))
+
+
+def _dream(fields):
+    """Dream's config.json: Qwen2.5's. Token i is predicted by the hidden state of token i - 1."""
+    return _qwen2(fields) | dict(shift=True)
+
+
+def _sdar(fields):
+    """SDAR's config.json: Qwen3's, and how long a block is."""
+    fields.ignore("debug", "ep_size", "fuse_cross_entropy", "micro_forward", "skip_checkpoint",
+                  "use_deepep")  # of its training
+    sizes = _llama(fields)
+    if fields.get("block_size") is not None:
+        sizes["block_length"] = fields.number("block_size", high=1 << 12)
+    return sizes
 
 
 # A tiny model's widths are multiples of 64, the block in which bitsandbytes quantises.
@@ -184,6 +231,66 @@ FAMILIES = {
                   n_group=4, topk_group=2, intermediate_size=128, moe_intermediate_size=64,
                   vocab_size=320, eos_token_id=300, mask_token_id=301)),
 }
+
+
+# ---- The dense models of the library's names ----------------------------------------------------
+
+_TINY_DENSE = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
+                   num_key_value_heads=2, intermediate_size=128, vocab_size=320,
+                   eos_token_id=300, mask_token_id=301)
+# A2D: an autoregressive model's weights, trained on without the causal mask.
+FAMILIES["a2d-qwen3"] = Family(
+    title="Qwen3 (A2D)", model_types=("a2d-qwen3",), marker="", translate=_llama,
+    block=Qwen3Block, embed="model.embed_tokens", layers="model.layers", norm="model.norm",
+    head="lm_head", attention=("q_proj", "k_proj", "v_proj", "o_proj"),
+    ffn=("gate_proj", "up_proj", "down_proj"), router="", head_norms=True,
+    rotary_in_float32=False, block_length=0, decoder=memdlm.denoise,
+    mask_token="<|mask|>", turn_ends=("<|im_end|>",),
+    turn_marks=("<|im_start|>",),
+    published={"qwen3-0.6b": dict(
+        model_type="a2d-qwen3", hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, intermediate_size=3072, vocab_size=151936,
+        rms_norm_eps=1e-6, rope_theta=1000000, hidden_act="silu", tie_word_embeddings=True,
+        max_position_embeddings=40960, eos_token_id=151645, mask_token_id=151669)},
+    tiny=_TINY_DENSE | dict(head_dim=32))
+FAMILIES["a2d-qwen2"] = FAMILIES["a2d-qwen3"]._replace(
+    title="Qwen2 (A2D)", model_types=("a2d-qwen2",), translate=_qwen2, block=Qwen2Block,
+    head_norms=False,
+    published={"qwen2.5-coder-0.5b": dict(
+        model_type="a2d-qwen2", hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, intermediate_size=4864, vocab_size=151936, rms_norm_eps=1e-6,
+        rope_theta=1000000, hidden_act="silu", tie_word_embeddings=True,
+        max_position_embeddings=32768, eos_token_id=151645, mask_token_id=151665)},
+    tiny=_TINY_DENSE)
+FAMILIES["a2d-llama"] = FAMILIES["a2d-qwen3"]._replace(
+    title="Llama (A2D)", model_types=("a2d-llama",), block=LlamaBlock, head_norms=False,
+    turn_ends=("<|eot_id|>", "<|im_end|>"),
+    turn_marks=("<|start_header_id|>", "<|end_header_id|>", "<|im_start|>"),
+    published={"smollm2": dict(  # SmolLM2-135M-Instruct; see smollm2.py
+        model_type="a2d-llama", hidden_size=576, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, intermediate_size=1536, vocab_size=49152, rms_norm_eps=1e-5,
+        rope_theta=100000, hidden_act="silu", tie_word_embeddings=True,
+        max_position_embeddings=8192, eos_token_id=2, mask_token_id=16)},
+    tiny=_TINY_DENSE)
+FAMILIES["sdar"] = FAMILIES["a2d-qwen3"]._replace(
+    title="SDAR", model_types=("sdar",), translate=_sdar, block_length=4,
+    decoder=block_diffusion, mask_token="<|MASK|>",
+    published={"sdar-1.7b": dict(
+        model_type="sdar", hidden_size=2048, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, intermediate_size=6144, vocab_size=151936,
+        rms_norm_eps=1e-6, rope_theta=1000000, hidden_act="silu", tie_word_embeddings=False,
+        max_position_embeddings=32768, eos_token_id=151643, mask_token_id=151669,
+        block_size=4)},
+    tiny=_TINY_DENSE | dict(head_dim=32))
+FAMILIES["dream"] = FAMILIES["a2d-qwen2"]._replace(
+    title="Dream", model_types=("Dream",), translate=_dream,
+    published={"dream-7b": dict(
+        model_type="Dream", hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, intermediate_size=18944, vocab_size=152064, rms_norm_eps=1e-6,
+        rope_theta=1000000, hidden_act="silu", tie_word_embeddings=False,
+        max_position_embeddings=131072, eos_token_id=151643, mask_token_id=151666)},
+    tiny=_TINY_DENSE)
+
 PUBLISHED = {name: raw for family in FAMILIES.values() for name, raw in family.published.items()}
 TINY = {name: raw | family.tiny for family in FAMILIES.values()
         for name, raw in family.published.items()}
@@ -191,7 +298,7 @@ TINY = {name: raw | family.tiny for family in FAMILIES.values()
 
 def read_config(model):
     """The configuration of a model, before any of its weights are fetched."""
-    if model in PUBLISHED:
+    if model in PUBLISHED and not Path(model).is_dir():
         return translate(PUBLISHED[model])
     path = model_folder(model, ["config.json"]) / "config.json"
     return translate(read_json(path), str(path))
@@ -208,7 +315,8 @@ def translate(raw, name="config.json"):
         if kind in family.model_types and (not family.marker or family.marker in fields.raw):
             fields.read_common()
             sizes = family.translate(fields)
-            config = Config(family=key, **sizes, **fields.special_ids(sizes["vocab_size"]))
+            config = Config(family=key, **sizes, **fields.special_ids(sizes["vocab_size"]),
+                            stored=fields.get("dtype") or fields.get("torch_dtype"))
             config.check(name)
             fields.refuse_unknown()
             return config

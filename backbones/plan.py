@@ -1,50 +1,83 @@
-"""The memory of a training run, counted before anything is loaded.
+"""The memory of a training run, and of an answer, counted before anything is loaded.
 
 Weights, LoRA, gradients, optimiser and phi are counted exactly. Activations are summed tensor by
 tensor from what autograd keeps. The last line is an allowance.
 """
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 import memdlm
 from backbones.backbone import LOGITS, Backbone, build_network
-from backbones.checkpoint import human_count, quantisable
+from backbones.checkpoint import choose_dtype, human_count, quantisable
 from backbones.experts import Stack
 from backbones.families import FAMILIES
 from backbones.lora import lora_targets
 
-BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}  # of a number
+BYTES = {"float32": 4, "bfloat16": 2}  # of a number
 # nf4: 4 bits for a weight, a byte for the scale of 64 weights, a float for the scale of 256 scales.
 NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 
 
-def memory_plan(config, s, length):
-    """[(what, bytes)] of a training run on one GPU with settings s, at `length` tokens a sample."""
-    with torch.device("meta"):
-        network = build_network(config)
-    parts = plan_weights(network, config, s)
+def memory_plan(config, s, length, device="cuda"):
+    """[(what, bytes)] of a training run with settings s, at `length` tokens a sample.
+
+    device: cuda, for one GPU, or cpu.
+    """
+    network, wide = empty_network(config), number_bytes(config, s, device)
+    parts = [plan_weights(network, config, s, wide), *plan_training(network, config, s, wide)]
     parts.append(("phi, its gradient and its successor", 3 * phi_bytes(network, config, s)))
-    return parts + plan_activations(config, s, length)
+    return parts + plan_activations(config, s, length, wide, device)
 
 
-def plan_weights(network, config, s):
-    """Weights, what is trained of them, its gradients, and the optimiser."""
-    wide = BYTES[s.dtype]
+def answer_plan(config, s, length, device="cuda"):
+    """The same of an answer: a prompt of `length` tokens is adapted to, then decoded from."""
+    network, wide = empty_network(config), number_bytes(config, s, device)
+    lora = sum(lora_sizes(network, config, s)) * BYTES[s.lora_dtype] if s.lora else 0
+    one = replace(s, batch=1)
+    upper = config.layers - memdlm.first_fast_layer(config.layers, s.layer_fraction)
+    layer, inputs = kept_per_token(config, None, wide), kept_by_phi(config, wide)
+    # Of the layers below, which have no gradient, one at a time is there.
+    layers = length * (layer + s.memory * upper * (layer + inputs))
+    chunk = min(chunk_of_logits(s, device), length * config.vocab_size) * (wide + 12)
+    return [plan_weights(network, config, s, wide), ("LoRA", lora),
+            ("phi, its gradient and its successor", 3 * phi_bytes(network, config, one)),
+            (f"a prompt of {length} tokens: activations", layers), ("a chunk of logits", chunk),
+            allowance(device)]
+
+
+def empty_network(config):
+    with torch.device("meta"):
+        return build_network(config)
+
+
+def number_bytes(config, s, device):
+    """Bytes of a number of the model, as checkpoint.choose_dtype has it."""
+    dtype = choose_dtype(s.dtype, {"dtype": config.stored}, torch.device(device))
+    return dtype.itemsize
+
+
+def plan_weights(network, config, s, wide):
+    """The weights. wide: bytes of a number."""
     small = quantisable(network, config) if s.load_4bit else {}
     in_4bit = sum(module.weight.numel() for module in small.values())
-    sizes = [p.numel() for p in network.parameters()]
-    total, what = sum(sizes), "weights"
+    total, what = sum(p.numel() for p in network.parameters()), "weights"
     if in_4bit:
         what += f", {human_count(in_4bit)} of {human_count(total)} in 4-bit"
-    parts = [(what, (total - in_4bit) * wide + in_4bit * NF4)]
+    return what, (total - in_4bit) * wide + in_4bit * NF4
+
+
+def plan_training(network, config, s, wide):
+    """What is trained, its gradients, and the optimiser."""
     if s.lora:
         trained, grain = lora_sizes(network, config, s), BYTES[s.lora_dtype]
-        parts.append((f"LoRA, {human_count(sum(trained))}", sum(trained) * grain))
+        parts = [(f"LoRA, {human_count(sum(trained))}", sum(trained) * grain)]
     else:
-        trained, grain = sizes, wide
-        parts.append((f"trained weights (the same as above), {human_count(total)}", 0))
+        trained, grain = [p.numel() for p in network.parameters()], wide
+        parts = [(f"trained weights (the same as above), {human_count(sum(trained))}", 0)]
     state = sum(optimizer_bytes(s.optimizer, n, grain) for n in trained)
     return parts + [("their gradients", sum(trained) * grain),
                     (f"optimiser, {s.optimizer}", state)]
@@ -79,12 +112,16 @@ def phi_bytes(network, config, s):
     return numbers * 4 * count
 
 
-def plan_activations(config, s, length):
+def plan_activations(config, s, length, wide, device):
     """What autograd keeps of the layers, a chunk of logits, and an allowance."""
-    wide, tokens = BYTES[s.dtype], s.batch * length
+    tokens = s.batch * length
     first = memdlm.first_fast_layer(config.layers, s.layer_fraction)
     upper = config.layers - first
-    layer = tokens * kept_per_token(config, s, wide)
+
+    def mask_of(grain):  # in dropout's mask a number is a byte on a GPU, and as wide on a CPU
+        return 1 if device == "cuda" else grain
+
+    layer = tokens * kept_per_token(config, s, wide, mask_of)
     layer_with_phi = layer + tokens * kept_by_phi(config, wide) * s.memory
     lower, how = first * layer, ""
     if s.checkpointing:  # the input of each layer, and one layer at a time
@@ -95,8 +132,18 @@ def plan_activations(config, s, length):
          upper * layer_with_phi),
         (f"activations of the layers below{how}", lower),
         ("a chunk of logits: in the model's precision, in float32, log-softmax and gradient",
-         min(LOGITS, tokens * config.vocab_size) * (wide + 12)),
-        ("CUDA's own, and what fragments", 1.0 * 2**30)]
+         min(chunk_of_logits(s, device), tokens * config.vocab_size) * (wide + 12)),
+        allowance(device)]
+
+
+def chunk_of_logits(s, device):
+    """Numbers of the largest tensor of logits; see Backbone.per_row."""
+    return LOGITS if device == "cuda" or not s.lora else LOGITS // 16
+
+
+def allowance(device):
+    own = "CUDA's own" if device == "cuda" else "Python and its libraries"
+    return f"{own}, and what fragments", 1.0 * 2**30
 
 
 def optimizer_bytes(optimizer, n, grain):
@@ -113,25 +160,25 @@ def optimizer_bytes(optimizer, n, grain):
 def kept_per_token(config, s, wide, mask_of=lambda grain: 1):
     """Bytes that autograd keeps of one token in one layer.
 
-    wide: bytes of a number. mask_of: bytes of a number of so many -> bytes of one in dropout's
-    mask.
+    s: None where nothing of the model is trained. wide: bytes of a number. mask_of: bytes of a
+    number of so many -> bytes of one in dropout's mask.
     """
     family = FAMILIES[config.family]
     D, q, kv = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    grain = BYTES[s.lora_dtype]
+    grain = BYTES[s.lora_dtype] if s else 0
 
     def input_of_matrix(width, grain=grain, adapted=True):
         # A frozen matrix keeps nothing of its input. A LoRA keeps what dropout left of it, in its
         # own precision, and dropout's mask.
-        if not s.lora:
+        if s and not s.lora:
             return width * wide
-        if not adapted:
+        if not s or not adapted:
             return 0
         return width * (grain + mask_of(grain) * (s.lora_dropout > 0))
 
     def feed_forward(inner, grain=grain):
         # Of silu(gate) * up: both factors, and what silu was applied to.
-        adapted = s.lora_scope == "all"
+        adapted = s and s.lora_scope == "all"
         inputs = (2 * input_of_matrix(D, grain, adapted) + input_of_matrix(inner, grain, adapted))
         return 3 * inner * wide + inputs
 
@@ -155,15 +202,16 @@ def kept_by_phi(config, wide):
     return (config.top_k * (config.width + config.expert_ffn) + shared) * wide
 
 
-def plan_text(parts, room=None):
+def plan_text(parts, room=None, device="cuda", title="memory planned"):
     """The plan as lines, and what to change if it does not fit into `room` bytes."""
     total = sum(size for _, size in parts)
-    lines = ["memory planned:"]
+    lines = [f"{title}:"]
     lines += [f"  {size / 2**30:7.2f} GiB  {what}" for what, size in [*parts, ("together", total)]]
     if room is not None and total > room:
-        which = "this" if torch.cuda.is_available() else "such a"
+        which = "this GPU" if torch.cuda.is_available() else "such a GPU"
         lines.append(
-            f"  more than the {room / 2**30:.1f} GiB of {which} GPU. What helps, in this order: "
+            f"  more than the {room / 2**30:.1f} GiB of "
+            f"{'this machine' if device == 'cpu' else which}. What helps, in this order: "
             "--load-4bit, --checkpointing, --batch 1 with more --accumulate, --optimizer "
             "adamw8bit, --lora-dtype bfloat16 with it, --max-length 2048, --lora-rank 16, "
             "--lora-scope attention")

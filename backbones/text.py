@@ -38,14 +38,18 @@ class SpecialToken(ValueError):
 class Tokenizer:
     """The checkpoint's own tokenizer and chat template."""
 
-    def __init__(self, folder, config):
+    def __init__(self, folder, config, hf=None):
+        """hf: a tokenizer of the transformers library that is known, in place of the folder's."""
         from transformers import PreTrainedTokenizerFast
+        self.hf, self.is_linear = hf, True
         self.read = PreTrainedTokenizerFast.from_pretrained
         try:
-            check_sizes(folder)
-            # Tried apart first: what takes too much there does not come here.
-            self.is_linear = run_apart(lambda: self.open(folder, config.vocab_size, check=True))
-            self.open(folder, config.vocab_size)
+            if hf is None:
+                check_sizes(folder)
+                # Tried apart first: what takes too much there does not come here.
+                self.is_linear = run_apart(
+                    lambda: self.open(folder, config.vocab_size, check=True))
+                self.open(folder, config.vocab_size)
         except Exception as error:  # the tokenizers library raises bare Exceptions
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ValueError(f"{folder}: the tokenizer cannot be read: {reason}") from None

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from backbones.checkpoint import hub_weights, load_backbone
-from backbones.families import TINY
+from backbones.families import FAMILIES, TINY, translate
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<role>' + "
@@ -36,7 +36,8 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-def byte_tokenizer(merges=(), template=TEMPLATE, marks=("<|role_end|>", "<role>", "</role>")):
+def byte_tokenizer(mask_token="<|mask|>", merges=(), template=TEMPLATE,
+                   marks=("<|role_end|>", "<role>", "</role>")):
     """A tokenizer of bytes with special tokens and a chat template, those of LLaDA-MoE's shape.
 
     merges: pairs of pieces that are joined. With any, the text is first split into words.
@@ -54,14 +55,15 @@ def byte_tokenizer(merges=(), template=TEMPLATE, marks=("<|role_end|>", "<role>"
     inner.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
-        mask_token="<|mask|>", additional_special_tokens=list(marks))
+        mask_token=mask_token, additional_special_tokens=list(marks))
     tokenizer.chat_template = template
     return tokenizer
 
 
-def merging_tokenizer():
+def merging_tokenizer(mask_token="<|mask|>"):
     """A tokenizer that merges, whose template ends a turn with another token than a text."""
-    return byte_tokenizer(MERGES, MERGING_TEMPLATE, ("<|im_start|>", "<|im_end|>", "<|end|>"))
+    return byte_tokenizer(mask_token, MERGES, MERGING_TEMPLATE,
+                          ("<|im_start|>", "<|im_end|>", "<|end|>"))
 
 
 TOKENIZERS = {"bytes": byte_tokenizer, "merging": merging_tokenizer}
@@ -74,12 +76,13 @@ def write_tiny(name, folder, seed=0, shards=2, tokenizer="bytes"):
     the merging tokenizer three files name three ends: config.json <|end|>, the tokenizer
     <|endoftext|>, the template <|im_end|>.
     """
-    folder, hf = Path(folder), TOKENIZERS[tokenizer]()
+    mask_token = FAMILIES[translate(TINY[name]).family].mask_token
+    folder, hf = Path(folder), TOKENIZERS[tokenizer](mask_token)
     folder.mkdir(parents=True, exist_ok=True)
     hf.save_pretrained(folder)
     ids = hf.get_added_vocab()
     end = ids.get("<|end|>", ids["<|endoftext|>"])
-    raw = TINY[name] | {"mask_token_id": ids["<|mask|>"], "eos_token_id": end}
+    raw = TINY[name] | {"mask_token_id": ids[mask_token], "eos_token_id": end}
     raw |= {"pad_token_id": ids["<|endoftext|>"], "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(raw, indent=1))
     backbone = load_backbone(raw, random=True, dtype="float32", device="cpu", seed=seed)

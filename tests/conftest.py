@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from backbones.tiny import write_tiny
-from tiny_models import NAMES
+from tiny_models import EACH, NAMES
 
 
 @pytest.fixture
@@ -38,11 +38,11 @@ def tiny_models(tmp_path_factory):
     return root
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=EACH)
 def name_of(request):
     return request.param
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=EACH)
 def folder(tiny_models, request):
     return tiny_models / request.param

@@ -11,7 +11,7 @@ from backbones.backbone import Backbone
 from backbones.block_diffusion import MODES, block_diffusion
 from backbones.checkpoint import load_backbone
 from settings import Settings
-from tiny_models import NAMES, all_logits, one_sample, random_batch, tiny_backbone
+from tiny_models import EACH, all_logits, one_sample, random_batch, tiny_backbone
 
 
 def test_block_causal_attention_against_a_mask_by_hand():
@@ -191,7 +191,7 @@ def test_cached_decoding_computes_few_positions():
     assert sum(computed) <= 256 + 33 * 64 and computed[0] == 256
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_temperature_is_seeded_and_different_seeds_differ(name):
     backbone, batch = tiny_backbone(name), random_batch([40])
     fill = torch.arange(40)[None] >= 10

@@ -19,7 +19,7 @@ from backbones.lora import add_lora
 from data import read_data
 from files import model_folder
 from settings import Settings
-from tiny_models import NAMES, dequantised, edit_json, random_batch, tiny_backbone
+from tiny_models import EACH, dequantised, edit_json, random_batch, tiny_backbone
 
 
 # ---- Loading ------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_4bit_quantises_every_layer_of_the_blocks_and_nothing_else(name, quantis
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_4bit_gradients_are_those_of_the_dequantised_weights(name, training, dtype):
     """The gradients are those of phi and of the LoRA.
 

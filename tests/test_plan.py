@@ -1,4 +1,6 @@
 """The memory plan, and optimisers that round."""
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -6,11 +8,11 @@ from torch import nn
 import memdlm
 import train
 from backbones.checkpoint import load_backbone
-from backbones.families import TINY, translate
+from backbones.families import PUBLISHED, TINY, translate
 from backbones.lora import add_lora, lora_weights
-from backbones.plan import kept_per_token, memory_plan, optimizer_bytes
+from backbones.plan import answer_plan, kept_per_token, memory_plan, optimizer_bytes
 from settings import Settings
-from tiny_models import NAMES
+from tiny_models import EACH
 
 
 def count_bytes(tensors):
@@ -35,7 +37,7 @@ def count_saved_bytes(forward):
 
 
 @pytest.mark.parametrize("lora_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_the_plans_activations_are_those_that_autograd_keeps(name, lora_dtype):
     """One layer with 256 tokens. It is four times as wide as the tiny models are.
 
@@ -154,3 +156,50 @@ def test_the_plan_by_hand():
     assert plan_parts(checkpointing=False)[2] == 3 * 200 * layer
     # 200 tokens have logits over 320 words, held four times in 4 bytes. More tokens take turns.
     assert logits == 200 * 320 * 16 and plan_parts(10 ** 6)[3] == 2 ** 26 * 16
+
+
+def total(parts):
+    return sum(size for _, size in parts)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("load_4bit", [False, True])
+def test_the_small_models_fit_on_small_machines(load_4bit, device):
+    """0.6 billion weights: training in 8 GB, an answer in 4, with the paper's settings."""
+    for name in ("smollm2", "qwen2.5-coder-0.5b", "qwen3-0.6b"):
+        config = translate(PUBLISHED[name] | {"dtype": "bfloat16"})
+        for tied in (True, False):  # some converted checkpoints have a head of their own
+            s = Settings(model=name, load_4bit=load_4bit, batch=1)
+            own = replace(config, tied=tied)
+            assert total(memory_plan(own, s, s.max_length, device)) < 8 * 2**30
+            assert total(answer_plan(own, s, 2048, device)) < 4 * 2**30
+
+
+def test_a_plan_for_a_cpu_counts_in_the_files_precision():
+    """auto is bfloat16 on a GPU, and on a CPU what the files hold."""
+    raw, s = PUBLISHED["qwen3-0.6b"], Settings(model="x", batch=1)
+    weights = 596_049_920
+    for stored, device, wide in (("bfloat16", "cpu", 2), ("float32", "cpu", 4),
+                                 ("float32", "cuda", 2), (None, "cpu", 4)):
+        config = translate(raw | {"torch_dtype": stored})
+        for plan in (memory_plan, answer_plan):
+            assert plan(config, s, 100, device)[0][1] == weights * wide
+
+
+def test_the_plan_of_an_answer_by_hand():
+    """4 layers, of which one has phi; the layers below are there one at a time.
+
+    Nothing of the model is trained, so a layer keeps what phi's gradient needs. 320 words have
+    fewer logits than a chunk.
+    """
+    config = translate(TINY["llada-8b"])
+    s = Settings(model="x", dtype="float32", batch=2, rank=4, lora_rank=4)
+    sizes = [size for _, size in answer_plan(config, s, 100)]
+    layer = 100 * kept_per_token(config, None, 4)
+    # Two norms, queries, keys, values and output, three times the inner width; 4 bytes each.
+    assert layer == 100 * (2 * 64 + 4 * 64 + 3 * 128) * 4
+    matrix = 4 * (64 + 128) * 4
+    lora = 4 * (4 * 4 * (64 + 64) * 4 + 3 * matrix)
+    assert sizes[1:5] == [lora, 3 * 3 * matrix, 2 * layer + 100 * (64 + 128) * 4,
+                          100 * 320 * 16]
+    assert answer_plan(config, replace(s, memory=False), 100)[3][1] == layer

@@ -67,7 +67,8 @@ def test_the_chat_template_splits_prompt_and_reply(folder):
     assert text == ("<role>SYSTEM</role>Be brief.<|role_end|><role>HUMAN</role>Who?<|role_end|>"
                     "<role>ASSISTANT</role>Me.<|role_end|>")
     assert backbone.tokenizer.hf.decode(reply) == "Me.<|role_end|>"
-    for text in ("a <|mask|> b", "<|endoftext|>", "<role>HUMAN</role>"):
+    mask = backbone.tokenizer.hf.mask_token
+    for text in (f"a {mask} b", "<|endoftext|>", "<role>HUMAN</role>"):
         with pytest.raises(ValueError, match="special token"):
             backbone.tokenizer.chat([user(text)])
 

@@ -5,6 +5,7 @@ library has the same architecture, it gets a row in LIBRARY too.
 """
 import json
 
+import pytest
 import torch
 from torch import nn
 
@@ -19,6 +20,9 @@ from memdlm import Batch
 from settings import Settings
 
 NAMES = list(TINY)  # of every family
+# What any of them has special, one of these has: the others run with the slow tests.
+FAST = ("llada-8b", "llada-moe", "llada2.1-mini", "qwen3-0.6b", "dream-7b")
+EACH = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in NAMES]
 
 
 def empty_network(name):
@@ -72,7 +76,7 @@ def library_model(name):
     common = dict(
         vocab_size=c.vocab_size, hidden_size=c.width, num_hidden_layers=c.layers,
         num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim,
-        rms_norm_eps=c.eps, tie_word_embeddings=False,
+        rms_norm_eps=c.eps, tie_word_embeddings=c.tied,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta})
     model = LIBRARY[name](transformers, c, common)
     for layer in model.model.layers:
@@ -93,8 +97,48 @@ def make_qwen3_moe(transformers, c, common):
     return transformers.Qwen3MoeForCausalLM(config)
 
 
+def make_qwen2(transformers, c, common):
+    config = transformers.Qwen2Config(intermediate_size=c.ffn, **common)
+    return transformers.Qwen2ForCausalLM(config)
+
+
+def make_qwen3(transformers, c, common):
+    config = transformers.Qwen3Config(intermediate_size=c.ffn, **common)
+    return transformers.Qwen3ForCausalLM(config)
+
+
 # The test row of a model: its class in the transformers library, where it has one.
-LIBRARY = {"llada-8b": make_llama, "llada-moe": make_qwen3_moe}
+LIBRARY = {"llada-8b": make_llama, "llada-moe": make_qwen3_moe, "qwen3-0.6b": make_qwen3,
+           "qwen2.5-coder-0.5b": make_qwen2, "smollm2": make_llama, "sdar-1.7b": make_qwen3,
+           "dream-7b": make_qwen2}
+
+
+def to_library(name, own, keys):
+    """Tensors under a checkpoint's names -> the same under the library's names, `keys`."""
+    renamed = {"llada-8b": [
+        ("model.embed_tokens", "model.transformer.wte"), ("lm_head", "model.transformer.ff_out"),
+        ("model.norm", "model.transformer.ln_f"), ("model.layers", "model.transformer.blocks"),
+        ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ff_norm"),
+        ("self_attn.o_proj", "attn_out"), ("self_attn.", ""), ("mlp.gate_proj", "ff_proj"),
+        ("mlp.up_proj", "up_proj"), ("mlp.down_proj", "ff_out")]}
+    experts, out = translate(TINY[name]).experts, {}
+    for key in keys:
+        if ".experts.gate_up_proj" in key:
+            stem = key.removesuffix("gate_up_proj")
+            out[key] = torch.stack([torch.cat([own[f"{stem}{e}.{part}_proj.weight"]
+                                               for part in ("gate", "up")])
+                                    for e in range(experts)])
+        elif ".experts.down_proj" in key:
+            stem = key.removesuffix("down_proj")
+            out[key] = torch.stack([own[f"{stem}{e}.down_proj.weight"] for e in range(experts)])
+        else:
+            place = key
+            for old, new in renamed.get(name, ()):
+                place = place.replace(old, new)
+            if place == "lm_head.weight" and place not in own:  # tied
+                place = "model.embed_tokens.weight"
+            out[key] = own[place]
+    return out
 
 
 def dequantised(backbone):
