@@ -36,8 +36,8 @@ import memdlm
 from backbones.backbone import build_network
 from backbones.checkpoint import describe, load_backbone
 from backbones.families import FAMILIES, PUBLISHED, TINY, translate
-from backbones.lora import add_lora, lora_targets
-from backbones.plan import memory_plan, plan_text
+from backbones.lora import add_lora
+from backbones.plan import empty_network, lora_sizes, memory_plan, plan_text
 from files import write_json
 from memdlm import Batch, MemDLM
 from runs import build
@@ -98,9 +98,17 @@ def time_in_turns(works, repeats, clock):
     return out
 
 
+def grouped_flops(a, b, *rest, **options):
+    """Of `grouped_mm`, from shapes: rows times a matrix each [N, k] x [E, k, n], or the gradient of
+    the matrices [m, N] x [N, n]. PyTorch's counter does not know it."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
 def count_flops(work):
     """Floating-point operations of all matrix products in a piece of work, attention included."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    ours = {torch.ops.aten._grouped_mm: grouped_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=ours)
+    with sdpa_kernel(SDPBackend.MATH), counter:
         work()
     return counter.get_total_flops()
 
@@ -529,13 +537,7 @@ def scale_table():
 def lora_gigabytes(name):
     """Size of a published shape's LoRA of rank 32 on all linear layers, in float32."""
     c = translate(PUBLISHED[name])
-    with torch.device("meta"):  # without the weights
-        network = build_network(c)
-    targets, numbers = lora_targets(c, "all", False), 0
-    for path, module in network.named_modules():
-        if isinstance(module, torch.nn.Linear) and path.rpartition(".")[2] in targets:
-            numbers += 32 * (module.in_features + module.out_features)
-    return numbers * 4 / 1e9
+    return sum(lora_sizes(empty_network(c), c, Settings(model=name))) * 4 / 1e9
 
 
 def print_scale():

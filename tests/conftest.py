@@ -1,11 +1,18 @@
 """What several test files use."""
 import io
+import signal
 import sys
 
 import pytest
 
 from backbones.tiny import write_tiny
 from tiny_models import EACH, NAMES
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_hangup_counts():
+    """Whoever starts the tests by nohup has them ignore a hang-up, and the programs under test."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture

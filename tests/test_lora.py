@@ -11,7 +11,9 @@ from backbones.backbone import Backbone, build_network
 from backbones.checkpoint import hub_weights, load_backbone, load_weights
 from backbones.families import FAMILIES
 from backbones.lora import add_lora, load_adapter, lora_weights, merge_adapter, save_adapter
-from tiny_models import all_logits, random_batch, random_lora, tiny_backbone
+from tiny_models import (
+    all_logits, random_batch, random_lora, take_stacks_apart, tiny_backbone,
+)
 
 
 @pytest.mark.slow
@@ -37,8 +39,13 @@ def test_adapters_save_in_peft_format_and_load_live_merged_and_with_plain_peft(
     live = load_adapter(tiny_backbone(name), str(tmp_path / "adapter"))
     assert torch.equal(all_logits(live, batch.x0, batch.valid), expected)
     other = tiny_backbone(name)
-    other.network = PeftModel.from_pretrained(other.network, tmp_path / "adapter")
+    single = take_stacks_apart(other.network)
+    other.network = PeftModel.from_pretrained(single, tmp_path / "adapter")
     torch.testing.assert_close(all_logits(other, batch.x0, batch.valid), expected)
+    # The way back: what PEFT writes of its own, for single experts, is read as ours.
+    other.network.save_pretrained(tmp_path / "theirs")
+    theirs = load_adapter(tiny_backbone(name), str(tmp_path / "theirs"))
+    assert torch.equal(all_logits(theirs, batch.x0, batch.valid), expected)
     # Merging adds the adapter to the weights of a checkpoint on disk, before they are quantised.
     weights = hub_weights(tiny_backbone(name).network)
     network = build_network(backbone.config)
@@ -292,3 +299,21 @@ def test_a_loaded_adapter_has_the_dropout_and_precision_that_were_asked_for(tmp_
     rates = {m.p for m in live.modules() if isinstance(m, torch.nn.Dropout)}
     assert rates == {0.25}
     assert {p.dtype for p in lora_weights(live).values()} == {torch.bfloat16}
+
+
+def test_an_adapter_of_experts_alone_is_read(tmp_path):
+    """PEFT has nothing to do then: there is no plain linear layer among what is adapted."""
+    whole = random_lora(tiny_backbone("llada-moe"))
+    save_adapter(whole, tmp_path / "a")
+    path = tmp_path / "a/adapter_model.safetensors"
+    tensors = {key: w for key, w in load_file(path).items() if ".experts." in key}
+    save_file(tensors, path)
+    live, batch = load_adapter(tiny_backbone("llada-moe"), str(tmp_path / "a")), random_batch([9])
+    assert live.has_lora and lora_weights(live).keys() == tensors.keys()
+    assert {n.rpartition(".")[2] for n, p in live.named_parameters() if p.requires_grad} == {
+        "lora_A", "lora_B"}
+    save_adapter(live, tmp_path / "b")
+    again = load_file(tmp_path / "b/adapter_model.safetensors")
+    assert all(torch.equal(again[key], w) for key, w in tensors.items())
+    plain = all_logits(tiny_backbone("llada-moe"), batch.x0, batch.valid)
+    assert not torch.allclose(all_logits(live, batch.x0, batch.valid), plain, atol=1e-2)

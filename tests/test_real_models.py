@@ -337,7 +337,7 @@ TINY_ON_PAIRS = ["--model", "TINY", "--data", "pairs.jsonl"]
 
 @pytest.mark.parametrize("flags, says", [
     (["--model", "nobody/nothing", "--load-4bit"], "could not be fetched from the hub"),
-    (["--model", "TINY", "--data", "nowhere/nothing"], "--data FILE.jsonl"),
+    (["--model", "TINY", "--data", "nowhere/nothing"], "could not be fetched from the hub"),
     (["--model", "TINY", "--data", "bad.jsonl", "--no-skip-bad"], "bad.jsonl, line 2"),
     ([*TINY_ON_PAIRS, "--load-4bit", "--no-lora"], "4-bit weights cannot be trained"),
     ([*TINY_ON_PAIRS, "--attention", "block"], "--attention block is for LLaDA2.x"),

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from backbones.backbone import build_network
-from backbones.blocks import GroupRouter
-from backbones.checkpoint import load_backbone
-from backbones.experts import Stack
+from backbones.blocks import FeedForward, GroupRouter
+from backbones.checkpoint import hub_weights, load_backbone
+from backbones.experts import Experts, Stack
 from backbones.families import PUBLISHED, TINY, translate
 from backbones.lora import add_lora, lora_weights
 import memdlm
@@ -151,6 +151,31 @@ def dequantised(backbone):
         elif hasattr(getattr(m, "weight", None), "quant_state"):
             unpacked[name] = dequantize_4bit(m.weight.data, m.weight.quant_state)
     return unpacked
+
+
+class SingleExperts(nn.ModuleList):
+    """The experts of a layer as a checkpoint names them, one after the other, for plain PEFT."""
+
+    def forward(self, x, weights, chosen):
+        rows, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+        for number, expert in enumerate(self):
+            token, choice = (chosen == number).nonzero(as_tuple=True)
+            share = weights[token, choice, None] * expert(rows[token])
+            out = out.index_add(0, token, share)
+        return out.view_as(x)
+
+
+def take_stacks_apart(network):
+    """The network with every stack as single linear layers of the same weights."""
+    weights = hub_weights(network)
+    for path, module in [*network.named_modules()]:
+        if isinstance(module, Experts):
+            stack, (outer, _, name) = module.gate_proj, path.rpartition(".")
+            single = SingleExperts(FeedForward(stack.in_features, stack.out_features)
+                                   for _ in range(stack.experts))
+            setattr(network.get_submodule(outer), name, single)
+    network.load_state_dict(weights)
+    return network
 
 
 def random_lora(backbone, seed=0, router=False, **options):
