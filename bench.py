@@ -33,7 +33,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import memdlm
-from backbones.backbone import build_network
 from backbones.checkpoint import describe, load_backbone
 from backbones.families import FAMILIES, PUBLISHED, TINY, translate
 from backbones.lora import add_lora
@@ -555,7 +554,8 @@ def make_parser():
     add("--quick", action="store_true", help="without --model: fewer cases")
     add("--scale", action="store_true",
         help="count the work and memory of real models at growing lengths, and stop")
-    add("--model", choices=list(PUBLISHED), help="a real model's shape, on a GPU")
+    add("--model", choices=list(PUBLISHED), metavar="NAME",
+        help=f"a real model's shape, on a GPU: {', '.join(PUBLISHED)}")
     add("--random", action="store_true",
         help="random weights of the published shape (the only kind there is yet)")
     add("--tiny", action="store_true", help="tiny shapes, for a CPU")

@@ -56,9 +56,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 50000}
 
 
 def sizes(config):
-    """All of a Config but the tokens, which the published files name only in part."""
+    """All of a Config but tokens and precision, which the published files name in part."""
     return {key: value for key, value in vars(config).items()
-            if key not in ("mask_id", "eos_ids")}
+            if key not in ("mask_id", "eos_ids", "stored")}
 
 
 @pytest.mark.parametrize("name", HUB)

@@ -351,7 +351,7 @@ def test_plain_text_trains_a_real_model_without_a_template(folder):
 
 def test_the_names_of_special_tokens_stay_characters_where_they_are_shielded(folder):
     tokenizer = load_backbone(str(folder)).tokenizer
-    text = "a <|mask|> b<|endoftext|><role>"
+    text = f"a {tokenizer.hf.mask_token} b<|endoftext|><role>"
     assert tokenizer.mask_id in tokenizer.encode(text)
     ids = tokenizer.encode(tokenizer.shield(text))
     assert not set(ids) & set(tokenizer.added.values()) and tokenizer.decode(ids) == text
@@ -488,7 +488,7 @@ def test_a_mask_that_no_file_names_is_not_guessed(tiny_models, tmp_path):
     """Neither where the tokenizer calls it something else, nor without a tokenizer."""
     copy, _ = change_tokenizer(tiny_models / "llada-8b", tmp_path / "m")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        text = (copy / name).read_text().replace("<|mask|>", "<|other|>")
+        text = (copy / name).read_text().replace("<|mdm_mask|>", "<|other|>")
         text = re.sub(r'\s*"mask_token": "[^"]*",', "", text)
         (copy / name).write_text(text)
     edit_config(copy, mask_token_id=...)

@@ -1,4 +1,5 @@
 """Answers, frames and options of generate.py, on a model that was not trained."""
+import json
 import re
 from argparse import Namespace
 from dataclasses import replace
@@ -337,7 +338,8 @@ def test_real_models_fill_gaps(cli, tiny_models, name):
     for label in ("without memory", "with memory of the prompt"):
         assert re.fullmatch(r" *The \[.*\] sat on \[.*\]\.", lines[label], re.S)
     assert code == 0 and "inner loss" in lines
-    for text, says in (("<|mask|> [MASK]", "special token"), ("[MASK:99999]a", "window")):
+    mask = json.loads((tiny_models / name / "tokenizer_config.json").read_text())["mask_token"]
+    for text, says in ((f"{mask} [MASK]", "special token"), ("[MASK:99999]a", "window")):
         code, _, err = cli(generate, "--model", tiny_models / name, "--prompt", text)
         assert code == 2 and says in err
     code, _, err = cli(generate, "--model", tiny_models / name, "--prompt", "a[MASK]", "--mode",

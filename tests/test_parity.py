@@ -360,7 +360,7 @@ def test_parity_of_adapting_to_a_prompt_and_decoding(family, monkeypatch):
             agree(family, "logits", backbone.head(top)[0, -8:], z[f"tail_logits_{name}"])
         if family == "llada2":
             # The recorded sampler used blocks of 8 and 8 steps in each.
-            backbone.family = backbone.family._replace(block_length=8)
+            backbone.block_length = 8
             steps = block_diffusion(backbone, s, canvas, fill, all_, [0], weights, threshold=0.95)
         else:
             steps = memdlm.denoise(backbone, s, canvas, fill, all_, [0], weights)
