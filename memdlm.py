@@ -329,14 +329,14 @@ def stage_loss(backbone, s, stage, x0, valid, lower, phi):
     targets = stage.targets
     need = targets if targets.any() else None  # without targets: a gradient of zero, not none
     h = upper_layers(backbone, s, lower(stage.x), valid, phi, need)
-    rows = [rows_at(h, targets), to_device(x0[targets], h.device)]
+    rows = [rows_at(h, targets), to_device(x0[targets], h)]
     if s.inner_loss != "ce":  # self-distillation: the teacher sees the next state
         with torch.no_grad():
             top = upper_layers(backbone, s, lower(stage.next_x), valid, phi, targets)
         rows.append(rows_at(top, targets))
     # Eq. 7-8:  L_inner^(k) = sum_{i in M} -log p_{theta, phi_{k-1}}(x_0^i | x)
     loss = to_positions(backbone.per_row(INNER_LOSSES[s.inner_loss], *rows), targets).sum(1)  # [B]
-    loss, count = to_device(stage.weight, h.device) * loss, to_device(targets.sum(1), h.device)
+    loss, count = to_device(stage.weight, h) * loss, to_device(targets.sum(1), h)
     # Differs: the published code also divides by |M|, the number of loss positions. So do we: of
     # the whole batch with one phi, of each sample with its own.
     if len(next(iter(phi.values()))[0]) == 1:  # G = 1
@@ -445,25 +445,25 @@ def fast_product(x, W):
 
 # ---- 7. Losses ----------------------------------------------------------------------------------
 
-def to_device(x, device):
-    """x on a device. A GPU gets it without waiting for the work that it still has to do."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+def to_device(x, like):
+    """x where `like` is. A GPU gets it without waiting for the work that it still has to do."""
+    return x.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else x.to(like.device)
 
 
-def numbers_of(where, device):
+def numbers_of(where, like):
     """The numbers [N] of the True positions of a mask [B, L] on the CPU, counted row by row."""
-    return to_device(where.flatten().nonzero()[:, 0], device)
+    return to_device(where.flatten().nonzero()[:, 0], like)
 
 
 def rows_at(h, where):
     """The hidden states [N, D] of h [B, L, D] at the N positions `where`."""
-    return h.flatten(0, 1).index_select(0, numbers_of(where, h.device))
+    return h.flatten(0, 1).index_select(0, numbers_of(where, h))
 
 
 def to_positions(values, where):
     """Values [N] back to their N positions in [B, L], zero elsewhere, for sums as in the paper."""
     out = values.new_zeros(where.numel())
-    return out.index_copy(0, numbers_of(where, values.device), values).view(where.shape)
+    return out.index_copy(0, numbers_of(where, values), values).view(where.shape)
 
 
 def ce(head, h, target):
@@ -474,7 +474,7 @@ def ce(head, h, target):
 def token_nll(backbone, h, x0, where):
     """-log p(x0_i | x) at the positions `where`, zero elsewhere. h [B, L, D] -> [B, L], in nats."""
     # A logit costs V * D multiplications, so only these positions get one.
-    targets = to_device(x0[where], h.device)
+    targets = to_device(x0[where], h)
     return to_positions(backbone.per_row(ce, rows_at(h, where), targets), where)
 
 
@@ -483,7 +483,7 @@ def mdlm_loss(nll, t, maskable):
     # Eq. 2, 9:  L = E[ omega(t) sum_{i in M_t} -log p(x_0^i | x_t) ],  omega(t) = 1 / t
     # Differs: the published code divides by t + 1e-6, ours by t. Like it, we divide the sum by the
     # number of maskable tokens in the batch.
-    return (nll.sum(1) / t.to(nll.device)).sum() / maskable.sum().clamp(min=1)
+    return (nll.sum(1) / to_device(t, nll)).sum() / maskable.sum().clamp(min=1)
 
 
 # ---- 8. Adapting to a prompt (4.5) --------------------------------------------------------------
@@ -593,7 +593,7 @@ def pick_tokens(backbone, h, blind=None, cfg_scale=0.0, temperature=0.0, noise=N
         logits[:, backbone.mask_id] = -math.inf
         best = logits
         if temperature > 0:  # argmax(logits / T + Gumbel noise) is a sample of softmax(logits / T)
-            best = logits - temperature * (-noise.to(h.device).clamp(min=1e-300).log()).log()
+            best = logits - temperature * (-to_device(noise, h).clamp(min=1e-300).log()).log()
         token = best.argmax(-1)
         # p = 1 / (1 + sum_{v not the token} exp(logit_v - logit_token)). The last step is in
         # float64, since near 1 a difference below 1e-7 decides which token is surer.

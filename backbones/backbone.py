@@ -103,7 +103,7 @@ class Backbone(nn.Module):
 
     def embed(self, ids):
         table = self.part("embed")
-        return table(ids.to(table.weight.device))  # [B, L, D]
+        return table(memdlm.to_device(ids, table.weight))  # [B, L, D]
 
     def blocks(self, h, valid, start, stop, need=None, past=None):
         """Run layers start..stop-1 on h [B, L, D]; only positions `need` [B, L] will be read.
@@ -114,14 +114,14 @@ class Backbone(nn.Module):
         where = torch.arange(before, before + h.shape[1], device=h.device)
         precision = torch.float32 if self.family.rotary_in_float32 else h.dtype
         cos, sin = rotary(where, self.config.rotary_dim, self.config.rope_theta, precision)
-        context = Context(cos, sin, None, past, None)
+        context = Context(cos, sin, None, past, None, {})
         shift = self.config.shift and stop is None
         if shift and need is not None:
             need = shift_left(need)
         # Fast weights act from `stop` on. What is recomputed in the backward pass must not need
         # them.
         recompute = self.checkpointing and stop is not None and torch.is_grad_enabled()
-        rows = rows_needed(need, h.device)
+        rows = rows_needed(need, h)
         for layer in self.part("layers")[start:stop]:
             if layer.layer in (start, self.causal_layers):  # where the mask is another
                 looks_left = layer.layer < self.causal_layers
@@ -139,7 +139,7 @@ class Backbone(nn.Module):
         """
         mask = None
         if valid is not None and not valid.all():
-            mask = valid[:, None, None, :].to(h.device)  # [B, 1, 1, L]
+            mask = memdlm.to_device(valid[:, None, None, :], h)  # [B, 1, 1, L]
         if self.attention == "block" or past is not None:
             size, before = self.block_length, past.length if past else 0
             # If all queries are in the last block they see everything.
@@ -189,7 +189,7 @@ class Backbone(nn.Module):
         return found
 
 
-def rows_needed(need, device):
+def rows_needed(need, h):
     """Positions [B, L] of a CPU mask -> the numbers [B, M] of their rows in [B * L, D], or None.
 
     M is the most that a sample needs. A sample that needs fewer gets some others of its positions,
@@ -199,7 +199,7 @@ def rows_needed(need, device):
         return None  # with gradients, all weights must take part
     first = need.byte().argsort(dim=1, descending=True, stable=True)[:, :int(need.sum(1).max())]
     rows = first + torch.arange(len(need))[:, None] * need.shape[1]
-    return memdlm.to_device(rows, device)
+    return memdlm.to_device(rows, h)
 
 
 class RowGradients(torch.autograd.Function):

@@ -15,6 +15,7 @@ layers that fast weights may act on: those of the feed-forward, and with "ffn+at
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ class Context(NamedTuple):
     past: Past | None          # keys and values of what stands before
     need: torch.Tensor | None  # [B, M] long: where the feed-forward's result is read, as numbers
     #                            of rows of [B * L, D]; None: everywhere
+    fullest: dict              # what Experts.forward notes for when it is computed again
 
 
 class RMSNorm(nn.Module):
@@ -256,14 +258,15 @@ class LLaDAMoEBlock(nn.Module):
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))
                    for project in (a.q_proj, a.k_proj, a.v_proj))
         h = h + a.o_proj(attend(a.q_norm(q), a.k_norm(k), v, context, self.layer))
-        return add_feed_forward(h, self.post_attention_layernorm, context.need, self.feed_forward)
+        feed_forward = partial(self.feed_forward, fullest=context.fullest)
+        return add_feed_forward(h, self.post_attention_layernorm, context.need, feed_forward)
 
-    def feed_forward(self, x):
+    def feed_forward(self, x, fullest):
         # Softmax over all experts. The weights of the chosen ones are used as they are, so they
         # sum to less than 1.
         share = self.mlp.gate(x).flatten(0, -2).float().softmax(-1)
         weights, chosen = share.topk(self.top_k, dim=-1)
-        return self.mlp.experts(x, weights, chosen)
+        return self.mlp.experts(x, weights, chosen, fullest)
 
     def matrices(self, scope):
         found = feed_forward_matrices(self.mlp)
@@ -297,12 +300,14 @@ class LLaDA2Block(nn.Module):
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         q, k = a.query_layernorm(q), a.key_layernorm(k)
         h = h + a.dense(attend(q, k, v, context, self.layer))
-        feed_forward = self.mlp if self.dense else self.feed_forward
+        feed_forward = self.mlp
+        if not self.dense:
+            feed_forward = partial(self.feed_forward, fullest=context.fullest)
         return add_feed_forward(h, self.post_attention_layernorm, context.need, feed_forward)
 
-    def feed_forward(self, x):
+    def feed_forward(self, x, fullest):
         weights, chosen = self.mlp.gate(x.flatten(0, -2))
-        routed = self.mlp.experts(x, weights, chosen)
+        routed = self.mlp.experts(x, weights, chosen, fullest)
         return routed + self.mlp.shared_experts(x)
 
     def matrices(self, scope):

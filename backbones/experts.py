@@ -25,6 +25,7 @@ class Places(NamedTuple):
     ends: torch.Tensor | None        # [E] int32, where the rows of each expert end; None: padded
     sample_ends: torch.Tensor | None  # [E * B] int32, where those of each expert and sample end
     samples: int                     # B
+    most: int | None                 # rows of each expert and sample, if padded
 
 
 def sort_tokens(chosen, samples, experts, padded, most=None):
@@ -38,8 +39,8 @@ def sort_tokens(chosen, samples, experts, padded, most=None):
         the tokens that they belong to        0    1    0    1
 
     padded: every expert gets as many rows of each sample as the one with the most, [E, B, most].
-    Rows that are left hold token 0 and are never read. Reading `most` is the one time that the
-    host waits for the device; `most` may be given.
+    Rows that are left hold token 0 and are never read. The host waits for the device to read
+    `most`, unless it is given.
     """
     n, k = chosen.shape
     sample = torch.arange(samples, device=chosen.device).repeat_interleave(n // samples)
@@ -52,13 +53,14 @@ def sort_tokens(chosen, samples, experts, padded, most=None):
     if not padded:
         rows = torch.empty_like(order).scatter_(0, order, numbers)
         ends = ends.int()
-        return Places(order // k, rows, ends[samples - 1::samples].contiguous(), ends, samples)
+        return Places(order // k, rows, ends[samples - 1::samples].contiguous(), ends, samples,
+                      None)
     most = int(sizes.max()) if most is None else most
     group = group[order]
     row = group * most + numbers - (ends - sizes)[group]
     rows = torch.empty_like(order).scatter_(0, order, row)
     tokens = order.new_zeros(experts * samples * most).scatter_(0, row, order // k)
-    return Places(tokens, rows, None, None, samples)
+    return Places(tokens, rows, None, None, samples, most)
 
 
 def product(x, W, places):
@@ -179,13 +181,16 @@ class Experts(nn.Module):
         self.gate_proj, self.up_proj = Stack(experts, width, inner), Stack(experts, width, inner)
         self.down_proj = Stack(experts, inner, width)
 
-    def forward(self, x, weights, chosen):
+    def forward(self, x, weights, chosen, fullest):
         """x [B, L, D] -> the same shape. weights, chosen [B * L, k]: how much of which expert.
 
+        fullest: {experts of a layer: rows of the fullest}, known where a layer is computed again.
         Differs: LLaDA2.x was published to sum the outputs in float32. Ours sums in the model's
         precision.
         """
-        places = sort_tokens(chosen, len(x), self.gate_proj.experts, pads(x))
+        count, known = self.gate_proj.experts, fullest.get(self)
+        places = sort_tokens(chosen, len(x), count, pads(x), known)
+        fullest[self] = places.most
         rows = x.flatten(0, 1).index_select(0, places.tokens)
         inner = F.silu(self.gate_proj(rows, places)) * self.up_proj(rows, places)
         out = self.down_proj(inner, places).index_select(0, places.rows)

@@ -116,7 +116,7 @@ def test_experts_are_what_a_loop_over_tokens_gives():
     mlp, own = layer.mlp, hub_weights(layer)
     x = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(0))
     weights, chosen = mlp.gate(x).flatten(0, 1).softmax(-1).topk(2, dim=-1)
-    out = mlp.experts(x, weights, chosen).view(-1, 64)
+    out = mlp.experts(x, weights, chosen, {}).view(-1, 64)
     for i, token in enumerate(x.view(-1, 64)):
         expected = sum(
             w * plain_feed_forward(own, f"mlp.experts.{e}", token)
@@ -391,7 +391,7 @@ def test_neighbouring_query_heads_share_a_key_head(heads, kv_heads):
     generator = torch.Generator().manual_seed(heads)
     q = torch.randn(1, 5, heads, 8, generator=generator)
     k, v = torch.randn(2, 1, 5, kv_heads, 8, generator=generator)
-    still = Context(torch.ones(5, 8), torch.zeros(5, 8), None, None, None)
+    still = Context(torch.ones(5, 8), torch.zeros(5, 8), None, None, None, {})
     out = attend(q, k, v, still, 0).view(5, heads, 8)
     for head in range(heads):
         own = head // (heads // kv_heads)

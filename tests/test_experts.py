@@ -148,5 +148,5 @@ def test_the_number_of_products_does_not_grow_with_the_experts(monkeypatch):
         experts = Experts(count, 8, 8)
         for p in experts.parameters():
             torch.nn.init.normal_(p)
-        experts(torch.randn(1, 5, 8), torch.ones(5, 2), torch.tensor([[0, 1]] * 5))
+        experts(torch.randn(1, 5, 8), torch.ones(5, 2), torch.tensor([[0, 1]] * 5), {})
         assert len(calls) == 3
