@@ -45,7 +45,12 @@ def build(s, training=True, device=None, say=console.say):
     """
     if s.threads:
         torch.set_num_threads(s.threads)
-    return build_toy(s) if s.model == "toy" else build_real(s, training, device, say)
+    built = build_toy(s) if s.model == "toy" else build_real(s, training, device, say)
+    if not s.threads and sum(p.numel() for p in built[1].parameters()) < 1e6:
+        # Threads that share so little wait for each other most of the time. Beside other work on
+        # the machine an answer of a second took a minute.
+        torch.set_num_threads(1)
+    return built
 
 
 def build_toy(s):
@@ -145,12 +150,7 @@ def open_model(run, model, changes):
         if not run and not list(Path("runs").glob("*/settings.json")):
             console.say("no run of your own yet: this is the toy that comes with the repository")
             run = TRAINED_TOY
-        s, data, memory_model = open_run(run or latest_run(), with_data=False, **changes)
-        if not s.threads and sum(p.numel() for p in memory_model.parameters()) < 1e6:
-            # Threads that share so little wait for each other most of the time. Beside other work
-            # on the machine an answer of a second took a minute.
-            torch.set_num_threads(1)
-        return s, data, memory_model
+        return open_run(run or latest_run(), with_data=False, **changes)
     s = Settings(model=model, lora=False, **changes)
     data, memory_model = build(s, training=False)
     return s, data, memory_model.requires_grad_(False).eval()

@@ -242,9 +242,8 @@ def compute_gradients(s, model, batches, report, processes):
 def make_optimizer(s, parameters):
     """AdamW, or the one of bitsandbytes with 8-bit moments. ValueError if that is missing."""
     if s.optimizer == "adamw":
-        # Fused where it can be: the other kinds make temporary copies of all that is trained.
-        return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay,
-                                 fused=parameters[0].is_cuda or None)
+        # Fused: the other kinds make temporary copies of all that is trained.
+        return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=True)
     try:
         import bitsandbytes
     except ImportError:

@@ -133,5 +133,5 @@ def test_without_a_run_the_trained_toy_answers(tmp_path, monkeypatch, capsys):
     write_settings(own, tmp_path / "runs" / "own")
     save_checkpoint(tmp_path / "runs" / "own", model, torch.optim.AdamW(model.parameters()), 7)
     s, _, _ = open_model(None, None, {"threads": 3})
-    assert threads == [1, 3]
+    assert threads == [1, 1, 3]  # of `build` above, and what was asked for
     assert s.steps == 7 and not capsys.readouterr().out
