@@ -203,6 +203,8 @@ def begin(goes_on=False):
 
     goes_on: the work is worth finishing when nobody reads what it prints.
     """
+    # Pieces of a GPU's memory can grow then, so that less of it is lost between them.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for number in range(3):
         try:
             os.fstat(number)

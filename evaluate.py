@@ -26,7 +26,7 @@ from pathlib import Path
 from backbones.block_diffusion import MODES
 from files import nearest
 from runs import latest_run, read_settings
-from settings import CHANGEABLE, Parser, add_flags, names_of, one_line
+from settings import CHANGEABLE, Parser, add_flags, names_of, enough_memory, one_line
 
 
 # ---- compare ------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def main():
     if sys.argv[1:2] == ["lm_eval"]:
         from paper.harness import lm_eval_command
         del sys.argv[1]
-        with one_line():
+        with one_line(), enough_memory():
             return lm_eval_command()
     command, *words = respell(sys.argv[1:])
     if command in ("-h", "--help"):
@@ -217,7 +217,7 @@ def main():
     add_command_flags(parser)
     arguments = parser.parse_intermixed_args(words)
     changes = {name: value for name, value in vars(arguments).items() if name in CHANGEABLE}
-    with one_line():
+    with one_line(), enough_memory():
         check_arguments(arguments)
         run(arguments, changes)
 

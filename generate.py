@@ -39,7 +39,7 @@ from console import (
 from data import Sample, collate, visible_pieces
 from pages import make_panel, write_animation, write_page
 from runs import open_model
-from settings import CHANGEABLE, Parser, add_flags, one_line
+from settings import CHANGEABLE, Parser, add_flags, enough_memory, one_line
 
 # ---- What is asked ------------------------------------------------------------------------------
 
@@ -552,7 +552,7 @@ def decoder_options(arguments, model, infill=False):
 
 def main():
     arguments = parse_arguments()
-    with one_line():
+    with one_line(), enough_memory():
         check_arguments(arguments)
         changes = {name: getattr(arguments, name) for name in CHANGEABLE
                    if hasattr(arguments, name)}

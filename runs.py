@@ -87,6 +87,7 @@ def build_real(s, training, device, say):
     from backbones.text import ChatData, chat_turns
     config, records, bad, device = read_config(s.model), [], 0, device or pick_device(s)
     if training:
+        refuse_slow(config, s, device)
         if s.load_4bit and not s.lora and (s.merge or not s.from_adapter):
             raise ValueError("4-bit weights cannot be trained themselves: leave out --no-lora or "
                              "--load-4bit")
@@ -117,12 +118,23 @@ def pick_device(s):
     return "cuda" if there_is_a_gpu and s.device != "cpu" else "cpu"
 
 
+def refuse_slow(config, s, device):
+    """ValueError if a large model would be trained on a CPU that nobody asked for."""
+    from backbones.checkpoint import human_count
+    from backbones.plan import empty_network
+    if device == "cpu" and s.device == "auto":
+        count = sum(p.numel() for p in empty_network(config).parameters())
+        if count > 1e9:
+            raise ValueError(f"PyTorch finds no GPU here, and on a CPU {human_count(count)} "
+                             "parameters train for weeks; say --device cpu if you mean it")
+
+
 def plan_memory(config, s, device, room=None):
     """The lines that say how much memory a run will take. room: bytes, if not the device's."""
     from backbones.plan import memory_plan, plan_text
     kind = torch.device(device).type
     if kind == "cuda" and torch.cuda.is_available():
-        room = torch.cuda.get_device_properties(device).total_memory
+        room, _ = torch.cuda.mem_get_info(device)  # what other programs have left
     elif kind == "cpu":
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return plan_text(memory_plan(config, s, s.max_length, kind), room, kind)

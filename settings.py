@@ -13,6 +13,8 @@ import sys
 from copy import copy
 from dataclasses import dataclass, fields, replace
 
+import torch
+
 import memdlm
 from console import printable
 from files import nearest
@@ -308,3 +310,19 @@ def one_line(kinds=(ValueError, OSError)):
         yield
     except kinds as error:
         refuse(" ".join(str(error).split()))
+
+
+@contextlib.contextmanager
+def enough_memory():
+    """Running out of memory within is told in one line that names what to turn."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # PyTorch's own errors are RuntimeErrors
+        text = str(error)
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
+                "can't allocate memory" not in text):
+            raise
+        where = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        refuse(f"{where} is too small for this ({' '.join(text.split())[:120]}). What helps, in "
+               "this order: --load-4bit, --checkpointing, --batch 1 with more --accumulate, "
+               "--optimizer adamw8bit, a smaller --max-length, --lora-rank 16; --plan counts")

@@ -47,7 +47,8 @@ from runs import (
     plan_memory, save_checkpoint, trim_metrics, whole_run, write_settings,
 )
 from settings import (
-    Parser, Settings, add_flags, control_settings, one_line, refuse, settings_from_flags,
+    Parser, Settings, add_flags, control_settings, enough_memory, one_line, refuse,
+    settings_from_flags,
 )
 
 
@@ -505,7 +506,8 @@ def main():
                 folder, made = start_run(out, s, processes)
             if processes.is_first:  # the others write nothing
                 held.enter_context(hold_run(whole_run(folder), made))
-        train_both(s, folder, resume, stop, processes)
+        with enough_memory():
+            train_both(s, folder, resume, stop, processes)
 
 
 def train_both(s, folder, resume, stop, processes):

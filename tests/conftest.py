@@ -1,7 +1,13 @@
 """What several test files use."""
 import io
+import os
 import signal
 import sys
+
+# The tests are for a CPU, also where there is a GPU. Those of test_cuda.py ask for it:
+# MEMDLM_CUDA=1 python -m pytest tests/test_cuda.py
+if not os.environ.get("MEMDLM_CUDA"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train
+from backbones.families import PUBLISHED
 from data import Sample, collate
 from memdlm import MemDLM
 from runs import build, load_checkpoint, save_checkpoint
@@ -326,3 +327,36 @@ def test_a_toy_lora_stands_on_the_run_that_it_starts_from(train_into, tmp_path):
         load_checkpoint(folder, build(replace(s, from_run=str(two)))[1])
     with pytest.raises(ValueError, match="was trained by 1 processes; with 2"):
         load_checkpoint(folder, again, optimizer, processes=2)
+
+
+# ---- Memory -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error, says", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 ..."),
+     "error: the GPU's memory is too small for this (CUDA out of memory. Tried to allocate 2.00"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+     "error: memory is too small for this ([enforce fail]"),
+    (MemoryError(), "error: memory is too small for this")])
+def test_too_little_memory_is_one_line_that_names_what_to_turn(cli, monkeypatch, error, says):
+    def fail(*arguments):
+        raise error
+    monkeypatch.setattr(train, "compute_gradients", fail)
+    code, _, err = cli(train, "--steps", "2", "--no-control", "--table-samples", "0")
+    assert code == 2 and says in err and "--batch 1" in err and "Traceback" not in err
+
+
+def test_another_error_of_the_runtime_keeps_its_traceback(cli, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("shapes do not fit")
+    monkeypatch.setattr(train, "compute_gradients", fail)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        cli(train, "--steps", "2", "--no-control", "--table-samples", "0")
+
+
+def test_a_large_model_is_not_trained_on_a_cpu_that_nobody_asked_for(cli, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_text(json.dumps(PUBLISHED["llada-moe"]))
+    code, _, err = cli(train, "--model", tmp_path / "m")
+    assert code == 2 and "7.36 billion parameters" in err and "say --device cpu" in err
+    code, _, err = cli(train, "--model", tmp_path / "m", "--device", "cpu", "--data", "none.jsonl")
+    assert code == 2 and "none.jsonl" in err
