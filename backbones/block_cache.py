@@ -22,6 +22,16 @@ from backbones.blocks import Past
 BLOCK_LENGTH = 32  # with the cache, unless another is asked for
 
 
+def check_cache(backbone):
+    """ValueError if a model is not decoded with this cache."""
+    if backbone.decoder is not memdlm.denoise:
+        raise ValueError(f"{backbone.title} always keeps the keys and values of finished blocks: "
+                         "leave the cache out")
+    if not getattr(backbone, "keeps_past", False):
+        raise ValueError(f"the block cache is for real models, not for the {backbone.title}, "
+                         "which is small enough to decode exactly")
+
+
 class BlockCache:
     """look(x, where, window, k) -> hidden states [N, D], as memdlm.look_at_all, but from a cache.
 
@@ -30,9 +40,6 @@ class BlockCache:
     """
 
     def __init__(self, backbone, s, valid, phi):
-        if not getattr(backbone, "keeps_past", False):
-            raise ValueError(f"{backbone.title} keeps no keys and values of a block: leave the "
-                             "cache out")
         self.backbone, self.s, self.valid, self.phi = backbone, s, valid, phi
         self.past = self.places = self.own = None
 
