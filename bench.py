@@ -526,7 +526,7 @@ def measure_both_ways(quick, repeats):
     """Decoding of models that look both ways, on one thread."""
     torch.set_num_threads(1)
     speed = measure_cache(1 if quick else repeats)
-    rows = measure_trade_off(*(20, 4) if quick else (1200, 64))
+    rows = measure_trade_off(*(20, 4) if quick else (800, 32))
     print_table([("1,024 + 128 tokens, dense, middle size", "CPU s / token", "looks", "positions")]
                 + [(name, f"{row['seconds_per_token']:.4f}", str(row["looks"]),
                     f"{row['positions']:,}") for name, row in speed.items()])
@@ -700,7 +700,7 @@ def print_scale():
 # ---- The command line ---------------------------------------------------------------------------
 
 def make_parser():
-    parser = Parser(["--quick", "--scale", "--model", "--random", "--tiny", "--json"],
+    parser = Parser(["--quick", "--decoding", "--scale", "--model", "--random", "--tiny", "--json"],
                     description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="without --model: fewer cases")

@@ -4,6 +4,7 @@ from argparse import Namespace
 import pytest
 import torch
 
+import bench
 import generate
 import memdlm
 from backbones.block_cache import BLOCK_LENGTH, BlockCache, places_of
@@ -272,3 +273,27 @@ def test_generate_stops_a_reply_at_its_end_but_not_a_question(monkeypatch):
         generate.answer(PHI, Namespace(tokenizer=tokenizer), Namespace(backbone=backbone),
                         samples, False, 0)
     assert told == [[7, 9], None]
+
+
+# ---- The model that shows what the cache changes ------------------------------------------------
+
+def test_the_language_of_the_measurement():
+    """Its texts are right by its own rule; other texts are not; the first way is the exact one."""
+    language = bench.Language()
+    batch = language.batch(0, 4, 96)
+    assert batch.x0.shape == (4, 192) and language.share_right(batch.x0, 96) == 1
+    assert batch.maskable.sum() == 4 * 96 and not batch.maskable[:, :96].any()
+    wrong = batch.x0.clone()
+    wrong[:, 150:] = (wrong[:, 150:] + 1) % 12
+    wrong[:, 155::5] = language.space
+    assert language.share_right(wrong, 96) < 0.8
+    assert list(bench.WAYS)[0] == "exact" and not bench.WAYS["exact"]
+    assert len(bench.WAYS) == 8 and bench.WAYS["cache, .7"]["threshold"] == 0.7
+
+
+@pytest.mark.slow
+def test_the_measurement_runs():
+    rows = bench.measure_trade_off(2, 1)
+    assert rows["exact"]["differ"] == 0 and rows["exact"]["looks"] == 96
+    assert rows["exact"]["positions"] == 96 * 192
+    assert rows["cache"]["positions"] == 3 * (192 + 31 * 32)
