@@ -484,7 +484,7 @@ def decode_one_way(backbone, batch, way):
 
 def measure_trade_off(steps, samples):
     """What the cache and a threshold change in 96 tokens after a prompt of 96."""
-    language, prompt, rows = Language(), 96, {}
+    language, prompt, rows, exact = Language(), 96, {}, None
     backbone = train_on_language(language, steps)
     batches = [language.batch(f"test {i}", 1, prompt) for i in range(samples)]
     for name, way in WAYS.items():
@@ -492,14 +492,12 @@ def measure_trade_off(steps, samples):
         positions = count_positions(backbone, lambda: done.extend(
             decode_one_way(backbone, batch, way) for batch in batches))
         seconds, canvas = time.process_time() - begin, torch.cat([x for x, _ in done])
-        exact = canvas if name == "exact" else exact
+        exact = canvas if exact is None else exact  # the first way
         rows[name] = {
             "differ": float((canvas != exact)[:, prompt:].float().mean()),
             "right": language.share_right(canvas, prompt),
             "looks": sum(count for _, count in done) / samples, "positions": positions / samples,
             "seconds_per_token": seconds / samples / 96}
-    truth = language.share_right(torch.cat([batch.x0 for batch in batches]), prompt)
-    assert truth == 1.0
     return rows
 
 
