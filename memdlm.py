@@ -556,7 +556,7 @@ def denoise(backbone, s, x, fill, valid, seeds, phi=None, steps=None, block_leng
         size = window.sum(1)
         for k in range(steps_per_block):
             take = quota(size, steps_per_block, k)[:, None]
-            where, blind, noise = window & open_ & (take > 0), None, None
+            where, blind, noise = window & open_, None, None
             if not where.any():
                 continue
             tag, h = f"{block} {k}", look(x, where, window, k)

@@ -187,7 +187,7 @@ def test_a_threshold_by_hand():
 
 @pytest.mark.parametrize("threshold", [1.0, 1.5])
 def test_a_threshold_that_nothing_exceeds_is_the_schedule(threshold):
-    table, batch = Table(30 * random_table(15)), make_batch()
+    table, batch = Table(300 * random_table(15)), make_batch()  # 1.0 to the last bit, many
     for options in ({}, {"steps": 4}, {"block_length": 3, "steps": 9}, {"remasking": "random"}):
         plain = decode(table, batch, **options)
         other = decode(table, batch, threshold=threshold, **options)
