@@ -152,6 +152,24 @@ def test_what_is_computed_with_a_cache():
     assert seen == [40, 10, 10] * 2
 
 
+def test_guidance_has_a_cache_of_its_own():
+    """What is blind to the prompt never reads keys and values of the prompt."""
+    backbone, batch, seen = tiny_backbone("llada-8b"), random_batch([20], prompt=5), []
+
+    class Watched(BlockCache):
+        def __call__(self, x, where, window, k):
+            seen.append((self, int(x[0, 0]), k))
+            return super().__call__(x, where, window, k)
+
+    run(backbone, batch, batch.maskable, block_length=5, cfg_scale=1.0, make_look=Watched)
+    caches = {look for look, _, _ in seen}
+    first = {token for _, token, _ in seen}
+    assert len(caches) == 2 and first == {int(batch.x0[0, 0]), backbone.mask_id}
+    for cache in caches:
+        tokens, looks = zip(*[(token, k) for look, token, k in seen if look is cache])
+        assert len({*tokens}) == 1 and looks == tuple(range(5)) * 3
+
+
 def test_places_of_rows_with_fewer_gaps():
     window = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()
     places, own = places_of(window)
