@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 
 import memdlm
+from backbones.backbone import shift_left
 from backbones.blocks import Past
 
 BLOCK_LENGTH = 32  # with the cache, unless another is asked for
@@ -47,6 +48,8 @@ class BlockCache:
         if k == 0:
             self.past = Slots(x.shape[1])
             h = self.forward(x, where)
+            if self.backbone.config.shift:  # a token's logits come from the token before it
+                window = window | shift_left(window)
             self.places, self.own = places_of(window)
             self.past.places = memdlm.to_device(self.places, h.device)
             return memdlm.rows_at(h, where)

@@ -55,6 +55,22 @@ def test_a_cache_that_is_always_refreshed_is_exact(name, adapted):
         assert all(torch.equal(a, b) for a, b in zip(exact, cached))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["full", "causal:1"])
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_a_later_look_at_an_unchanged_canvas_is_the_first(name, attention):
+    """Nothing is stale then: also where lower layers look left, and where logits are shifted."""
+    backbone = tiny_backbone(name, attention=attention)
+    batch, fill, phi = ragged_batch(backbone, True)
+    x = torch.where(fill, backbone.mask_id, batch.x0)
+    window = fill & (fill.cumsum(1) <= 12)
+    where = window & (fill.cumsum(1) % 3 > 0)
+    look = BlockCache(backbone, PHI, batch.valid, phi)
+    expected = memdlm.look_at_all(backbone, PHI, batch.valid, phi)(x, where, window, 0)
+    for k in range(3):
+        torch.testing.assert_close(look(x, where, window, k), expected, rtol=1e-4, atol=1e-4)
+
+
 def rotate_by_hand(x, positions, theta):
     """x [heads, n, dim]: pairs (i, i + dim / 2) turned by position * theta ** (-2 i / dim)."""
     half = x.shape[-1] // 2
@@ -289,7 +305,7 @@ def test_generate_stops_a_reply_at_its_end_but_not_a_question(monkeypatch):
     reply, question = Sample([1], [0, 0], [True, True]), Sample([1], [0, 0], [False, True])
     for samples in ([reply, reply], [reply, question]):
         generate.answer(PHI, Namespace(tokenizer=tokenizer), Namespace(backbone=backbone),
-                        samples, False, 0)
+                        samples, None, 0)
     assert told == [[7, 9], None]
 
 
