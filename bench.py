@@ -3,6 +3,9 @@
     python bench.py                             on a CPU: the toy, and LLaDA-MoE and LLaDA2.x in a
                                                 middle size, with random weights
     python bench.py --quick                     the same with fewer cases
+    python bench.py --decoding                  models that look both ways: how fast decoding is
+                                                with a block cache and a threshold, and what that
+                                                changes in the answers of a small trained model
     python bench.py --scale                     no measurement: the work and memory that real
                                                 models need at 4K to 32K tokens
     python bench.py --model llada-moe --random  on a GPU: a real model's shape in 4-bit, made one
@@ -21,6 +24,7 @@ if __name__ == "__main__":  # first of all: a Ctrl-C may come while torch is imp
 
 import ctypes
 import platform
+import random
 import statistics
 import time
 from dataclasses import replace
@@ -33,6 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import memdlm
+from backbones.block_cache import BLOCK_LENGTH, BlockCache
 from backbones.checkpoint import describe, load_backbone
 from backbones.families import FAMILIES, PUBLISHED, TINY, translate
 from backbones.lora import add_lora
@@ -59,6 +64,9 @@ MIDDLE = {
         moe_intermediate_size=128, n_group=4, topk_group=2,
         mask_token_id=5, eos_token_id=6, pad_token_id=7),
 }
+DENSE = dict(  # LLaDA-8B's
+    d_model=256, n_layers=8, n_heads=4, n_kv_heads=4, mlp_hidden_size=768, vocab_size=8192,
+    embedding_size=8192, mask_token_id=5, eos_token_id=6, pad_token_id=7)
 
 
 # ---- Measuring ----------------------------------------------------------------------------------
@@ -386,6 +394,148 @@ def measure_batch_of_eight(repeats, clock):
     return times["one by one"][0] / times["at once"][0]
 
 
+# ---- Decoding with a block cache and a threshold ------------------------------------------------
+
+WAYS = {"exact": {}, "exact, .95": dict(threshold=0.95), "exact, .9": dict(threshold=0.9),
+        "exact, .7": dict(threshold=0.7), "cache": dict(make_look=BlockCache)}
+WAYS |= {name.replace("exact", "cache"): way | WAYS["cache"]
+         for name, way in WAYS.items() if "threshold" in way}
+
+
+class Language:
+    """Texts of 40 words, each of which three others may follow. A wrong word is easy to tell.
+
+    A word is 3 to 7 of 12 letters, which are the tokens 0 to 11. Token 12 stands between words.
+    """
+    space, mask_id, size = 12, 15, 40
+
+    def __init__(self):
+        rng, words = random.Random(0), set()
+        while len(words) < self.size:
+            words.add(tuple(rng.randrange(self.space) for _ in range(rng.randint(3, 7))))
+        self.words = sorted(words)
+        self.number = {word: number for number, word in enumerate(self.words)}
+        self.followers = [rng.sample(range(self.size), 3) for _ in self.words]
+
+    def text(self, rng, length):
+        """A text that begins somewhere in a word."""
+        number, tokens, skip = rng.randrange(self.size), [], rng.randrange(8)
+        while len(tokens) < length + skip:
+            tokens += [*self.words[number], self.space]
+            number = rng.choices(self.followers[number], [0.6, 0.3, 0.1])[0]
+        return tokens[skip:length + skip]
+
+    def batch(self, seed, count, prompt, length=192):
+        """Texts of 192 tokens; all but the prompt may be masked."""
+        rng = random.Random(f"language {seed}")
+        x0 = torch.tensor([self.text(rng, length) for _ in range(count)])
+        valid = torch.ones_like(x0, dtype=torch.bool)
+        maskable = (torch.arange(length) >= prompt).expand_as(x0)
+        seeds = [f"{seed} {i}" for i in range(count)]
+        return Batch(x0, maskable, valid, seeds, x0[:, :prompt], valid[:, :prompt])
+
+    def share_right(self, x, prompt):
+        """The share of words that end after the prompt and may follow the word before them."""
+        right = count = 0
+        for row in x.tolist():
+            ends = [i for i, token in enumerate(row) if token == self.space]
+            words = [tuple(row[a + 1:b]) for a, b in zip(ends, ends[1:])]
+            for before, word, end in zip(words, words[1:], ends[2:]):
+                if end >= prompt:
+                    allowed = self.followers[self.number[before]] if before in self.number else ()
+                    right += self.number.get(word) in allowed
+                    count += 1
+        return right / count
+
+
+def train_on_language(language, steps):
+    """A model of LLaDA-8B's kind, small, trained from scratch on plain MDLM."""
+    small = dict(d_model=96, n_layers=3, n_heads=4, n_kv_heads=4, mlp_hidden_size=288,
+                 vocab_size=16, embedding_size=16, rope_theta=1e4, mask_token_id=language.mask_id,
+                 eos_token_id=14, pad_token_id=14)
+    backbone = load_backbone(PUBLISHED["llada-8b"] | small, random=True, dtype="float32",
+                             device="cpu").requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    for p in backbone.parameters():
+        if p.dim() > 1:
+            p.data = torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5
+    model = MemDLM(backbone, Settings(memory=False))
+    optimizer = torch.optim.AdamW(backbone.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 50, (steps - step) / (0.3 * steps))
+        loss, record = model(language.batch(step, 16, 0))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(backbone.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 99:
+            print(f"step {step + 1}: {float(record['ce']):.2f} nats per masked token", flush=True)
+    return backbone.eval()
+
+
+def decode_one_way(backbone, batch, way):
+    """Decode in blocks. Returns the last canvas, and how often the model looked."""
+    count = 0
+    for canvas in memdlm.denoise(backbone, Settings(), batch.x0, batch.maskable, batch.valid,
+                                 batch.seeds, block_length=BLOCK_LENGTH, **way):
+        count += 1
+    return canvas, count
+
+
+def measure_trade_off(steps, samples):
+    """What the cache and a threshold change in 96 tokens after a prompt of 96."""
+    language, prompt, rows, exact = Language(), 96, {}, None
+    backbone = train_on_language(language, steps)
+    batches = [language.batch(f"test {i}", 1, prompt) for i in range(samples)]
+    for name, way in WAYS.items():
+        begin, done = time.process_time(), []
+        positions = count_positions(backbone, lambda: done.extend(
+            decode_one_way(backbone, batch, way) for batch in batches))
+        seconds, canvas = time.process_time() - begin, torch.cat([x for x, _ in done])
+        exact = canvas if exact is None else exact  # the first way
+        rows[name] = {
+            "differ": float((canvas != exact)[:, prompt:].float().mean()),
+            "right": language.share_right(canvas, prompt),
+            "looks": sum(count for _, count in done) / samples, "positions": positions / samples,
+            "seconds_per_token": seconds / samples / 96}
+    return rows
+
+
+def measure_cache(repeats):
+    """CPU seconds per token of 128 tokens after 1,024, in a middle size with random weights."""
+    backbone = load_backbone(PUBLISHED["llada-8b"] | DENSE, random=True, dtype="float32",
+                             device="cpu").eval()
+    s, rows, seconds = Settings(batch=1), {}, {name: [] for name in ("exact", "cache")}
+    batch = random_batch(backbone.vocab_size, backbone.mask_id, s, 1152, 0, 1024 / 1152)
+    for name in seconds:
+        positions = count_positions(backbone, lambda: decode_one_way(backbone, batch, WAYS[name]))
+        rows[name] = {"looks": 128, "positions": positions}
+    for _ in range(repeats):
+        for name, measured in seconds.items():
+            begin = time.process_time()
+            decode_one_way(backbone, batch, WAYS[name])
+            measured.append((time.process_time() - begin) / 128)
+    for name, measured in seconds.items():
+        rows[name]["seconds_per_token"] = statistics.median(measured)
+    return rows
+
+
+def measure_both_ways(quick, repeats):
+    """Decoding of models that look both ways, on one thread."""
+    torch.set_num_threads(1)
+    speed = measure_cache(1 if quick else repeats)
+    rows = measure_trade_off(*(20, 4) if quick else (800, 32))
+    print_table([("1,024 + 128 tokens, dense, middle size", "CPU s / token", "looks", "positions")]
+                + [(name, f"{row['seconds_per_token']:.4f}", str(row["looks"]),
+                    f"{row['positions']:,}") for name, row in speed.items()])
+    print_table([("96 + 96 tokens, trained", "tokens unlike exact", "words right", "looks",
+                  "positions", "CPU s / token")]
+                + [(name, f"{row['differ']:.3f}", f"{row['right']:.3f}", f"{row['looks']:.1f}",
+                    f"{row['positions']:,.0f}", f"{row['seconds_per_token']:.4f}")
+                   for name, row in rows.items()])
+    return {"speed": speed, "trade_off": rows}
+
+
 # ---- The tables of a CPU ------------------------------------------------------------------------
 
 def measure_cpu(quick, repeats):
@@ -548,10 +698,12 @@ def print_scale():
 # ---- The command line ---------------------------------------------------------------------------
 
 def make_parser():
-    parser = Parser(["--quick", "--scale", "--model", "--random", "--tiny", "--json"],
+    parser = Parser(["--quick", "--decoding", "--scale", "--model", "--random", "--tiny", "--json"],
                     description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="without --model: fewer cases")
+    add("--decoding", action="store_true",
+        help="decode with a block cache and thresholds, measure speed and answers, and stop")
     add("--scale", action="store_true",
         help="count the work and memory of real models at growing lengths, and stop")
     add("--model", choices=list(PUBLISHED), metavar="NAME",
@@ -571,6 +723,8 @@ def make_parser():
 
 def measure_as_told(arguments, given):
     """The measurement that the command line asks for. `given`: settings among its flags."""
+    if arguments.decoding:
+        return measure_both_ways(arguments.quick, arguments.repeats)
     if arguments.model is None:
         return measure_cpu(arguments.quick, arguments.repeats)
     if not arguments.random:

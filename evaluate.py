@@ -88,6 +88,10 @@ def add_tasks_flags(parser):
         "[default one per token]")
     add("--mode", choices=list(MODES), default="plain", help="LLaDA2.x, as in generate.py "
         "[default plain]")
+    add("--block-length", type=int, default=0, help="as in generate.py [default one block]")
+    add("--threshold", type=float, default=0.0, help="as in generate.py")
+    add("--cache", choices=["none", "block"], default="none", help="as in generate.py "
+        "[default none]")
     add("--mc-samples", type=int, default=128, help="Monte Carlo samples of a likelihood "
         "[default 128]")
     add("--include-path", help="a folder with task files of your own")
@@ -109,7 +113,8 @@ def tasks(arguments, changes):
               arguments.include_path, arguments.wait, run=arguments.run,
               model=arguments.model, adapt=arguments.adapt, batch_size=arguments.batch_size,
               steps=arguments.steps, mode=arguments.mode, max_length=arguments.max_length,
-              mc_samples=arguments.mc_samples, **changes)
+              block_length=arguments.block_length, threshold=arguments.threshold,
+              cache=arguments.cache, mc_samples=arguments.mc_samples, **changes)
 
 
 # ---- paper and claims ---------------------------------------------------------------------------
@@ -171,7 +176,7 @@ def check_arguments(arguments):
     """ValueError if a number is too small."""
     for name, least in (("samples", 2), ("jobs", 1), ("seeds", 1), ("batch_size", 1),
                         ("mc_samples", 1), ("wait", 1), ("steps", 0), ("max_length", 0),
-                        ("num_fewshot", 0)):
+                        ("block_length", 0), ("num_fewshot", 0)):
         value = getattr(arguments, name, None)
         if value is not None and value < least:
             flag = "--" + name.replace("_", "-")

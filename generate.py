@@ -32,6 +32,7 @@ from typing import Callable, NamedTuple
 from tqdm import tqdm
 
 import memdlm
+from backbones.block_cache import BLOCK_LENGTH, BlockCache, check_cache
 from backbones.block_diffusion import MODES
 from console import (
     PLAIN, fold, format_answers, has_colors, printable, say, terminal_width, width_of,
@@ -163,9 +164,12 @@ def answer(s, data, model, samples, phi, seed, infill=False, watch=None, **optio
     backbone, tokenizer = model.backbone, data.tokenizer
     length = batch.valid.sum(1).tolist()
     fill = [gaps[:n].tolist() for gaps, n in zip(batch.maskable, length)]
+    decoder, whole = choose_decoder(backbone, infill), all(all(each.answer) for each in samples)
+    if decoder is memdlm.denoise and whole and not infill:
+        options["stop_ids"] = tokenizer.stop_ids  # nothing is read behind the end of a reply
     canvases = [batch.x0.masked_fill(batch.maskable, backbone.mask_id)]
-    steps = choose_decoder(backbone, infill)(
-        backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi, **options)
+    steps = decoder(backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi,
+                    **options)
     for canvas in tqdm(steps, desc="denoising", unit="step", leave=False, delay=1,
                        disable=True if watch else None):
         canvases.append(canvas)
@@ -487,13 +491,19 @@ def parse_arguments():
         help="classifier-free guidance, 0 for none [default 0]")
     add("--remasking", choices=["low_confidence", "random"], default="low_confidence",
         help="where to commit first [default low_confidence]")
+    add("--threshold", type=float,
+        help="a step also commits every token that is more probable than this [default 1: none; "
+             "LLaDA2.x 0.95]")
+    add("--cache", choices=["none", "block"], default="none",
+        help="block, for real models that look both ways: keep the keys and values outside a "
+             f"block while it is decoded; faster, not exact; blocks of {BLOCK_LENGTH} unless "
+             "--block-length is given [default none]")
     add("--seed", type=int, default=0,
         help="decides noise and the built-in example [default 0]")
     block = parser.add_argument_group("LLaDA2.x", "decodes in blocks of 32; --steps is per block")
     block.add_argument("--mode", choices=list(MODES), help="plain: threshold 0.95, as in the "
                        "paper; speed and quality: LLaDA2.1 with token editing, 0.5 / 0.0 and "
                        "0.7 / 0.5 [default plain]")
-    block.add_argument("--threshold", type=float, help="commit what is more probable than this")
     block.add_argument("--edit-threshold", type=float,
                        help="replace a token where another is more probable than this")
     real = parser.add_argument_group("real models without a run")
@@ -530,9 +540,19 @@ def decoder_options(arguments, model, infill=False):
     denoise_only = dict(block_length=arguments.block_length, cfg_scale=arguments.cfg_scale,
                         remasking=arguments.remasking)
     decoder = choose_decoder(model.backbone, infill)
+    if arguments.cache != "none":
+        check_cache(model.backbone)
     if decoder is memdlm.denoise:
         options |= denoise_only
-        wrong = [name for name in ("mode", "threshold", "edit_threshold")
+        if arguments.threshold is not None:
+            options["threshold"] = arguments.threshold
+            if arguments.remasking == "random":
+                raise ValueError("--threshold goes by probability, --remasking random does not: "
+                                 "give one of them")
+        if arguments.cache != "none":
+            options["make_look"] = BlockCache
+            options["block_length"] = arguments.block_length or BLOCK_LENGTH
+        wrong = [name for name in ("mode", "edit_threshold")
                  if getattr(arguments, name) is not None]
     else:
         threshold, edit_threshold = MODES[arguments.mode or "plain"]

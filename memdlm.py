@@ -286,13 +286,11 @@ def stages(s, x0, masked, maskable, t, seeds, mask_id, weighted):
     states = [torch.where(mask, mask_id, x0) for mask in masks]
     path = []
     for k in range(len(masks) - 1):
-        # Differs: Eq. 7 predicts x_t, so its loss is at the tokens revealed on the way there. The
-        # paper's own default (4.6) is the clean token at every mask. So is ours; `anchor_tokens`
-        # is Eq. 7 to the letter.
+        # Differs: Eq. 7 predicts x_t: its loss is at the tokens that are revealed (anchor_tokens).
+        # The paper's own default (4.6) is the clean token at every mask. So is ours.
         targets = masks[k] & ~masks[k + 1] if s.stage1_target == "anchor_tokens" else masks[k]
-        # Differs: Eq. 7-8 are plain sums. The published code weights a training sample by
-        # 1 / (rho + 1e-6), rho being the ratio of the stage's input, and does not weight prompts.
-        # So do we.
+        # Differs: Eq. 7-8 are plain sums. The published code and ours weight a training sample by
+        # 1 / (rho + 1e-6), rho being the ratio of the stage's input. Prompts have no weight.
         rho = ratios[k] if ratios else masks[k].sum(1) / maskable.sum(1).clamp(min=1)
         weight = 1 / (rho + 1e-6) if weighted else torch.ones(len(x0))
         path.append(Stage(states[k], targets, weight, states[k + 1]))
@@ -373,12 +371,10 @@ def write_from_response(backbone, s, batch, t, xt, masked, h):
             return h
         with torch.no_grad():
             return lower_layers(backbone, s, x, batch.valid)
-
     path = stages(s, batch.x0, masked, batch.maskable, t, batch.seeds, backbone.mask_id,
                   weighted=True)
     # Differs: 3.1 says "a specific batch", 3.3 "per-sample". The published code shares one phi in
-    # the micro-batch; so do we by default, and each process has its own. A phi that B samples
-    # share learns about 1 / B as much from each.
+    # each process's micro-batch. So do we by default; it learns about 1 / B as much from a sample.
     phi = fresh_phi(backbone, s, batch.seeds if s.per_sample else batch.seeds[:1])
     return inner_loop(backbone, s, path, batch.x0, batch.valid, lower, phi)
 
@@ -387,10 +383,10 @@ def write_from_response(backbone, s, batch, t, xt, masked, h):
 
 def fresh_phi(backbone, s, seeds):
     """phi_0 for len(seeds) samples: {name: (A, B)}, or {name: (delta,)} if full rank. Float32."""
-    # Differs: the paper says phi_0 = 0. The published code has B = 0, so the product is zero all
-    # the same, and draws A anew each time: Kaiming-uniform with a = sqrt(5), which is
-    # U(-1 / sqrt(in), 1 / sqrt(in)). So do we, from the seed: of the sample, or of
-    # the first that shares phi. While B = 0 the gradient of A is 0: the first step moves B alone.
+    # Differs: the paper says phi_0 = 0. The published code has B = 0, so the product is zero too,
+    # and draws A anew each time: Kaiming-uniform with a = sqrt(5), U(-1 / sqrt(in), 1 / sqrt(in)).
+    # So do we, from the seed of the sample, or of the first that shares phi. While B = 0 the
+    # gradient of A is 0: the first step moves B alone.
     first, phi = first_fast_layer(backbone.num_layers, s.layer_fraction), {}
     for name, matrix in backbone.matrices(first, s.scope).items():
         out, width, device = matrix.out_features, matrix.in_features, matrix.weight.device
@@ -422,7 +418,6 @@ def fast_weights(backbone, s, phi):
                 z = product(z, w.to(z.dtype), *inputs[1:])
             return out.add(z, alpha=scale)
         return add_product
-
     first = first_fast_layer(backbone.num_layers, s.layer_fraction)
     matrices, handles = backbone.matrices(first, s.scope) if phi else {}, []
     try:
@@ -481,8 +476,7 @@ def token_nll(backbone, h, x0, where):
 def mdlm_loss(nll, t, maskable):
     """The outer objective. nll [B, L], zero where nothing is masked; t [B] -> scalar."""
     # Eq. 2, 9:  L = E[ omega(t) sum_{i in M_t} -log p(x_0^i | x_t) ],  omega(t) = 1 / t
-    # Differs: the published code divides by t + 1e-6, ours by t. Like it, we divide the sum by the
-    # number of maskable tokens in the batch.
+    # Differs: the published code divides by t + 1e-6, ours by t. Both divide by maskable tokens.
     return (nll.sum(1) / to_device(t, nll)).sum() / maskable.sum().clamp(min=1)
 
 
@@ -515,16 +509,24 @@ def adapt(backbone, s, prompt, valid, seeds):
     def lower(x):
         with torch.no_grad():
             return lower_layers(backbone, s, x, valid)
-
     with eval_mode(backbone):
         return inner_loop(backbone, s, path, prompt, valid, lower, fresh_phi(backbone, s, seeds))
 
 
 # ---- 9. Decoding --------------------------------------------------------------------------------
 
+def look_at_all(backbone, s, valid, phi):
+    """look(x, where, window, k): hidden states [N, D] at `where`, all computed anew."""
+    def look(x, where, window, k):
+        h = lower_layers(backbone, s, x, valid)
+        return rows_at(upper_layers(backbone, s, h, valid, phi, where), where)
+    return look
+
+
 @torch.no_grad()
 def denoise(backbone, s, x, fill, valid, seeds, phi=None, steps=None, block_length=None,
-            temperature=0.0, cfg_scale=0.0, remasking="low_confidence"):
+            temperature=0.0, cfg_scale=0.0, remasking="low_confidence", threshold=1.0,
+            stop_ids=(-1,), make_look=look_at_all):
     """Fill in the positions `fill` of x, most confident first. Yields the canvas after each step.
 
         owl ? fox ?  ->  owl  _   fox  _      given: owl, fox; to fill: the two masks
@@ -534,11 +536,13 @@ def denoise(backbone, s, x, fill, valid, seeds, phi=None, steps=None, block_leng
     What is not committed stays masked and is predicted anew: LLaDA's low-confidence remasking.
     x, fill, valid, the canvas: [B, L]. phi: one per sample, written with the same settings s.
     block_length: gaps (not positions) per block, filled left to right; None: one block.
-    steps: forward passes in all, split evenly over the blocks: rounded down, at least one each;
-    guidance doubles them. None: one gap per pass.
+    steps: looks, split evenly over the blocks: rounded down, at least 1 each. None: 1 per gap.
     temperature: 0 takes the best token, more samples from softmax(logits / temperature).
-    cfg_scale: classifier-free guidance, away from what the model says without what was given.
+    cfg_scale: classifier-free guidance, away from a second pass that does not see what was given.
     remasking: "low_confidence", or "random", which commits anywhere.
+    threshold: a look also commits every token that is more probable than this.
+    stop_ids: a sample ends with one of these. The gaps behind it are not decoded but get the first.
+    make_look: how the model looks, here at everything. backbones/block_cache.py keeps most of it.
     """
     x, open_, given = torch.where(fill, backbone.mask_id, x), fill.clone(), valid & ~fill
     most = max(1, int(fill.sum(1).max()))  # gaps of a sample
@@ -546,31 +550,30 @@ def denoise(backbone, s, x, fill, valid, seeds, phi=None, steps=None, block_leng
     blocks = math.ceil(most / block_length)
     steps_per_block = max(1, steps // blocks) if steps else block_length
     number = torch.where(fill, fill.cumsum(1) - 1, -1)  # [B, L]: gaps 0, 1, 2, ... of each sample
-
-    def hidden(x, where):
-        """Hidden states [N, D] at the positions `where`."""
-        h = lower_layers(backbone, s, x, valid)
-        return rows_at(upper_layers(backbone, s, h, valid, phi, where), where)
-
+    look, look_blind = (make_look(backbone, s, valid, phi) for _ in range(2))
     for block in range(blocks):
         window = number // block_length == block
         size = window.sum(1)
         for k in range(steps_per_block):
-            take, where = quota(size, steps_per_block, k), window & open_
-            if not take.any():
+            take = quota(size, steps_per_block, k)[:, None]
+            where, blind, noise = window & open_, None, None
+            if not where.any():
                 continue
-            tag, h, blind, noise = f"{block} {k}", hidden(x, where), None, None
+            tag, h = f"{block} {k}", look(x, where, window, k)
             if cfg_scale:
-                blind = hidden(torch.where(given, backbone.mask_id, x), where)
+                blind = look_blind(torch.where(given, backbone.mask_id, x), where, window, k)
             if temperature > 0:
                 noise = sampling_noise(backbone, seeds, tag, where)
             tokens, confidence = pick_tokens(backbone, h, blind, cfg_scale, temperature, noise)
             if remasking == "random":
                 confidence = uniform(seeds, f"remask {tag}", x.shape[1])[where].double()
-            rank = rank_of(where, -to_positions(confidence, where))  # 0: the most confident gap
-            commit = where & (rank < take[:, None])
-            x = torch.where(commit, to_positions(tokens, where), x)
-            open_ = open_ & ~commit
+            confidence = to_positions(confidence, where)
+            rank = rank_of(where, -confidence)  # 0: the most confident gap
+            commit = where & ((rank < take) | (confidence > threshold))
+            x, open_ = torch.where(commit, to_positions(tokens, where), x), open_ & ~commit
+            behind = (fill & ~open_ & torch.isin(x, torch.tensor(stop_ids))).cumsum(1) > 0
+            rest = open_ & behind & ~(open_ & ~behind).any(1, keepdim=True)
+            x, open_ = x.masked_fill(rest, stop_ids[0]), open_ & ~rest
             yield x
 
 
@@ -600,7 +603,6 @@ def pick_tokens(backbone, h, blind=None, cfg_scale=0.0, temperature=0.0, noise=N
         others = (logits - logits.gather(1, token[:, None])).exp()
         others = others.scatter(1, token[:, None], 0.0).sum(-1)
         return token, 1 / (1 + others.double())
-
     tokens, probability = backbone.per_row(pick, h, blind, noise)
     return tokens.cpu(), probability.cpu()
 
@@ -634,10 +636,9 @@ def exposure_bias(backbone, s, x0, maskable, valid, seeds, ratios, phi=None):
     where the sequential path is. The model leaves the hard tokens for last, which raises its
     sequential loss too; `matched` shares that, so sequential / matched shows its errors alone.
     """
-    n = maskable.sum(1)
+    n, curves = maskable.sum(1), {"static": [], "sequential": [], "matched": []}
     static_rank = rank_of(maskable, uniform(seeds, "static", x0.shape[1]))
     x, open_ = torch.where(maskable, backbone.mask_id, x0), maskable.clone()
-    curves = {"static": [], "sequential": [], "matched": []}
     for ratio in ratios:
         left = (ratio * n.double() + 1e-6).floor().long().clamp(min=1)  # masks at this ratio
         if (open_.sum(1) > left).any():
@@ -645,8 +646,7 @@ def exposure_bias(backbone, s, x0, maskable, valid, seeds, ratios, phi=None):
             tokens, confidence = pick_tokens(backbone, rows_at(h, open_))
             rank = rank_of(open_, -to_positions(confidence, open_))
             commit = open_ & (rank < (open_.sum(1) - left)[:, None])
-            x = torch.where(commit, to_positions(tokens, open_), x)
-            open_ = open_ & ~commit
+            x, open_ = torch.where(commit, to_positions(tokens, open_), x), open_ & ~commit
         static = maskable & (static_rank < left[:, None])
         # Eq. 3:  L_static = E[ -log p(x_0 | x_t) ], with x_t from the true text
         # Eq. 4:  L_seq = E[ -log p(x_0 | x'_t) ], with x'_t from the model's own guesses

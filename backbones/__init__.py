@@ -30,6 +30,7 @@ The rooms, from the ground up:
     experts          the experts of a layer
     blocks           the parts of a transformer, and the blocks side by side
     block_diffusion  the decoder of LLaDA2.x and SDAR
+    block_cache      faster decoding of the others: keys and values outside a block are kept
     config           config.json -> Config
     families         one row per family: everything that is special about it
     lora             the LoRA that the outer loop trains, through PEFT

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import memdlm
-from backbones.blocks import Context, RMSNorm, TiedHead, linear, rotary
+from backbones.blocks import Context, Past, RMSNorm, TiedHead, linear, rotary
 from backbones.families import FAMILIES
 from backbones.lora import weights_checksum
 
@@ -65,6 +65,7 @@ def shift_left(need):
 
 class Backbone(nn.Module):
     """A network with the interface `Backbone` of memdlm.py."""
+    keeps_past = True  # `blocks` takes keys and values of an earlier pass
 
     def __init__(self, network, config, tokenizer=None, attention="full", checkpointing=False,
                  name=""):
@@ -108,10 +109,10 @@ class Backbone(nn.Module):
     def blocks(self, h, valid, start, stop, need=None, past=None):
         """Run layers start..stop-1 on h [B, L, D]; only positions `need` [B, L] will be read.
 
-        past: keys and values of what stands before h, for block diffusion.
+        past: keys and values of what stands before h, for block diffusion; or around it, for a
+        block cache.
         """
-        before = past.length if past else 0
-        where = torch.arange(before, before + h.shape[1], device=h.device)
+        where = (past or Past(h.shape[1])).positions(h.shape[1], h.device)
         precision = torch.float32 if self.family.rotary_in_float32 else h.dtype
         cos, sin = rotary(where, self.config.rotary_dim, self.config.rope_theta, precision)
         context = Context(cos, sin, None, past, None, {})
@@ -140,7 +141,7 @@ class Backbone(nn.Module):
         mask = None
         if valid is not None and not valid.all():
             mask = memdlm.to_device(valid[:, None, None, :], h)  # [B, 1, 1, L]
-        if self.attention == "block" or past is not None:
+        if self.attention == "block" or (past is not None and self.block_length):
             size, before = self.block_length, past.length if past else 0
             # If all queries are in the last block they see everything.
             if (before + h.shape[1] - 1) // size != before // size:
@@ -148,8 +149,9 @@ class Backbone(nn.Module):
                 causal = block[before:, None] >= block  # [L, before + L]
                 mask = causal if mask is None else mask & causal
         if looks_left:
-            place = torch.arange((past.length if past else 0) + h.shape[1], device=h.device)
-            left = place[-h.shape[1]:, None] >= place
+            past = past or Past(h.shape[1])
+            place = past.positions(h.shape[1], h.device)  # [L], or [B, 1, L]
+            left = place[..., None] >= torch.arange(past.end(h.shape[1]), device=h.device)
             mask = left if mask is None else mask & left
         return mask
 

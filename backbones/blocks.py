@@ -29,7 +29,7 @@ from backbones.experts import Experts
 
 class Context(NamedTuple):
     """What a block needs besides hidden states."""
-    cos: torch.Tensor          # [L, rotated channels]
+    cos: torch.Tensor          # [L, rotated channels], or [B, 1, L, rotated channels]
     sin: torch.Tensor
     mask: torch.Tensor | None  # bool, broadcast to [B, heads, L, keys]: where a query may look;
     #                            None: everywhere
@@ -75,12 +75,13 @@ class TiedHead(nn.Module):
 
 
 def rotary(positions, dim, theta, dtype):
-    """cos and sin [L, dim] of the positions [L].
+    """cos and sin [..., dim] of positions [...].
 
     Angles are computed in float32. Channel i is paired with channel i + dim / 2.
     """
     exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
-    angle = torch.outer(positions.float(), theta ** -exponent).repeat(1, 2)
+    angle = positions.float()[..., None] * theta ** -exponent
+    angle = torch.cat([angle, angle], dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -118,9 +119,17 @@ class Past:
     def __init__(self, room):
         self.length, self.room, self.pairs = 0, room, {}
 
+    def positions(self, count, device):
+        """Where the next `count` tokens stand in the text."""
+        return torch.arange(self.length, self.length + count, device=device)
+
+    def end(self, count):
+        """How many tokens these can see: themselves and what is kept."""
+        return self.length + count
+
     def extend(self, layer, k, v):
         """k, v [B, heads, n, dim] -> all that a query may see, [B, heads, length + n, dim]."""
-        end = self.length + k.shape[2]
+        end = self.end(k.shape[2])
         if layer not in self.pairs:
             self.pairs[layer] = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (k, v)]
         for whole, new in zip(self.pairs[layer], (k, v)):

@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import tempfile
+from argparse import Namespace
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import memdlm
 from backbones.block_diffusion import MODES
 from data import Sample, collate
-from generate import reply_text
+from generate import decoder_options, reply_text
 from paper.scores import add_scores, load_scores, plain
 from runs import KINDS, latest_run, open_model
 from settings import Settings, names_of
@@ -136,7 +137,8 @@ class Harness:
     each prompt into phi first, one phi per request, whatever the batch. batch_size: requests that
     are decoded together. seed: decides masks and noise. mc_samples: Monte Carlo samples of a
     likelihood. max_length: longer prompts are cut from the left, 0 for never. steps: forward
-    passes per answer, 0 for one per token. mode: as in generate.py, for LLaDA2.x. settings: of
+    passes per answer, 0 for one per token. mode: as in generate.py, for LLaDA2.x. block_length (0
+    for one block), threshold (0 for the decoder's own) and cache: as in generate.py. settings: of
     the inner loop and of loading, by name.
 
     The harness passes max_batch_size, device and trust_remote_code on its own. They have no
@@ -150,8 +152,8 @@ class Harness:
     """
 
     def __init__(self, run=None, model=None, adapt=False, batch_size=1, seed=0, mc_samples=128,
-                 max_length=0, steps=0, mode="plain", max_batch_size=None, device=None,
-                 trust_remote_code=None, **settings):
+                 max_length=0, steps=0, mode="plain", block_length=0, threshold=0.0, cache="none",
+                 max_batch_size=None, device=None, trust_remote_code=None, **settings):
         super().__init__()
         if run and model:
             raise ValueError(f"give a run ({run}) or a model ({model}), not both")
@@ -167,7 +169,13 @@ class Harness:
         self.max_length = check_number("max_length", max_length or 0, 0)
         self.steps = check_number("steps", steps or 0, 0)
         self.seed = check_number("seed", seed, -2 ** 63, 2 ** 63)
-        self.adapt, self.mode = bool(adapt), mode
+        self.block_length = check_number("block_length", block_length or 0, 0)
+        self.threshold = threshold or 0.0
+        if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is {threshold!r}; it must lie between 0 and 1")
+        if cache not in ("none", "block"):
+            raise ValueError(f"cache is {cache!r}; it must be none or block")
+        self.adapt, self.mode, self.cache = bool(adapt), mode, cache
         self.template, self.left_out = None, False  # of chats: the template, if one was chosen
         check_settings_of_loading(settings)
         self.run = Path(run or latest_run()) if run or not model else None
@@ -178,7 +186,16 @@ class Harness:
         self.backbone, self.tokenizer = self.model.backbone, self.data.tokenizer
         if mode != "plain" and self.backbone.decoder is memdlm.denoise:
             raise ValueError(f"mode {mode} is for LLaDA2.x, not for {self.backbone.title}")
+        self.decoder_options()
         self.start_counting()
+
+    def decoder_options(self, temperature=0.0):
+        """The keyword arguments of the decoder. ValueError if it has no such option."""
+        mode = None if self.backbone.decoder is memdlm.denoise else self.mode
+        return decoder_options(Namespace(
+            steps=self.steps or None, temperature=temperature, mode=mode, cache=self.cache,
+            block_length=self.block_length or None, threshold=self.threshold or None,
+            edit_threshold=None, cfg_scale=0.0, remasking="low_confidence"), self.model)
 
     def start_counting(self):
         """Start anew to count the prompts longer than max_length, and to measure the longest."""
@@ -384,9 +401,9 @@ class Harness:
         """The texts of jobs that ask for the same length, before any stop string."""
         samples = [Sample(job.ids, [0] * job.room, [True] * job.room) for job in jobs]
         batch = collate(samples, [f"{self.seed} {job.number}" for job in jobs], False)
-        options = {"steps": self.steps or None, "temperature": jobs[0].temperature}
-        if self.backbone.decoder is not memdlm.denoise:
-            options["threshold"], options["edit_threshold"] = MODES[self.mode]
+        options = self.decoder_options(jobs[0].temperature)
+        if self.backbone.decoder is memdlm.denoise:
+            options["stop_ids"] = self.tokenizer.stop_ids
         steps = self.backbone.decoder(self.backbone, self.s, batch.x0, batch.maskable, batch.valid,
                                       batch.seeds, self.write_phi(batch), **options)
         for canvas in steps:
@@ -488,7 +505,8 @@ class Harness:
 
 
 # What does not change a method, where it is as usual.
-USUAL = {"steps": 0, "mode": "plain", "max_length": 0, "mc_samples": 128, "seed": 0}
+USUAL = {"steps": 0, "mode": "plain", "block_length": 0, "threshold": 0.0, "cache": "none",
+         "max_length": 0, "mc_samples": 128, "seed": 0}
 
 
 def changed(settings, usual):
@@ -504,7 +522,8 @@ def check_settings_of_loading(settings):
     for name, value in settings.items():
         if name not in known:
             raise ValueError(f"unknown argument {name!r}; known are run, model, adapt, batch_size, "
-                             f"seed, mc_samples, max_length, steps, mode, {', '.join(known)}")
+                             "seed, mc_samples, max_length, steps, mode, block_length, threshold, "
+                             f"cache, {', '.join(known)}")
         if type(value) not in KINDS[types[name]]:
             raise ValueError(f"{name} is {value!r}, which is no {types[name]}")
 

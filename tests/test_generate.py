@@ -17,7 +17,7 @@ from settings import Settings
 from toy.data import ToyData
 
 GIVEN = dict(steps=7, temperature=0.5, block_length=3, cfg_scale=1.5, remasking="random",
-             mode=None, threshold=None, edit_threshold=None)
+             mode=None, threshold=None, edit_threshold=None, cache="none")
 USUAL = GIVEN | dict(block_length=None, cfg_scale=0.0, remasking="low_confidence")
 
 

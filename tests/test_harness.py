@@ -19,6 +19,7 @@ import evaluate
 import generate
 import memdlm
 import train
+from backbones.block_cache import BlockCache
 from backbones.tiny import write_tiny
 from data import Sample, collate
 from paper.harness import make_harness_class, read_scores, task_metadata
@@ -101,6 +102,32 @@ def test_a_batch_of_requests_is_answered_like_each_alone(place, which, adapt):
         phi, _ = memdlm.adapt(model.backbone, model.s, batch.prompt, batch.prompt_valid, ["0 2"])
     own, = generate.answer(model.s, model.data, model.model, [sample], phi, "0 2", **options)
     assert own.text == together[2]
+
+
+def test_options_of_the_decoder(place):
+    """They reach it as from generate.py, belong to a score's key, and are refused in one line."""
+    given = dict(block_length=4, threshold=0.1, cache="block")
+    model = open_harness(place, "llada-moe", **given)
+    options = model.decoder_options()
+    assert options["make_look"] is BlockCache
+    assert (options["block_length"], options["threshold"]) == (4, 0.1)
+    assert model.describe_method()["options"].items() >= given.items()
+    requests = make_requests(("Hello", {"max_gen_toks": 9, "until": []}))
+    text, = model.generate_until(requests, disable_tqdm=True)
+    ids = model.tokenizer.encode("Hello")
+    own, = generate.answer(model.s, model.data, model.model, [Sample(ids, [0] * 9, [True] * 9)],
+                           False, "0 0", **options)
+    assert own.text == text
+    for which, wrong, message in (
+            ("llada-moe", dict(threshold=1.5), "between 0 and 1"),
+            ("llada-moe", dict(threshold="x"), "between 0 and 1"),
+            ("llada-moe", dict(cache="all"), "none or block"),
+            ("llada-moe", dict(block_length=-1), "whole number"),
+            ("llada2.1-mini", dict(cache="block"), "always keeps"),
+            ("llada2.1-mini", dict(block_length=4), "not for this model"),
+            ("run", dict(cache="block"), "small enough")):
+        with pytest.raises(ValueError, match=message):
+            open_harness(place, which, **wrong)
 
 
 def test_stop_strings_and_long_prompts(place, monkeypatch):
