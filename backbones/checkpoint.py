@@ -5,6 +5,7 @@ their values one at a time. So the host never holds more than one parameter besi
 """
 from __future__ import annotations
 
+import json
 import logging
 import re
 from dataclasses import replace
@@ -176,6 +177,20 @@ def hub_weights(network):
             stack = weights.pop(f"{path}.weight")
             weights |= {f"{name}.weight": W for name, W in zip(module.names(path), stack)}
     return weights
+
+
+def write_shards(weights, folder, shards):
+    """Weights as several safetensors files with an index, as the hub has them."""
+    from safetensors.torch import save_file
+    names, file_of = sorted(weights), {}
+    for i in range(shards):
+        file, part = f"model-{i + 1:05}-of-{shards:05}.safetensors", names[i::shards]
+        save_file({name: weights[name].contiguous() for name in part}, folder / file,
+                  {"format": "pt"})
+        file_of |= dict.fromkeys(part, file)
+    size = sum(w.numel() * w.element_size() for w in weights.values())
+    index = {"metadata": {"total_size": size}, "weight_map": file_of}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 # ---- Where weights come from --------------------------------------------------------------------

@@ -303,10 +303,15 @@ TINY = {name: raw | family.tiny for family in FAMILIES.values()
 
 def read_config(model):
     """The configuration of a model, before any of its weights are fetched."""
+    return translate(*read_raw(model))
+
+
+def read_raw(model):
+    """The content of a model's config.json, and how to call it."""
     if model in PUBLISHED and not Path(model).is_dir():
-        return translate(PUBLISHED[model])
+        return PUBLISHED[model], "config.json"
     path = model_folder(model, ["config.json"]) / "config.json"
-    return translate(read_json(path), str(path))
+    return read_json(path), str(path)
 
 
 def translate(raw, name="config.json"):
