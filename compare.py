@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import memdlm
 from console import fold, format_grid, printable, say, sign, terminal_width
+from data import mark_response
 from files import write_json, write_whole
 from runs import open_run, read_metrics, read_settings
 from settings import Settings, control_settings
@@ -111,6 +112,7 @@ def write_phi(model, s, source, batch, t=None, xt=None, masked=None):
     # Adapting to a prompt (4.5): the sample's own, or its neighbour's.
     shift = 1 if source == "another" else 0
     prompt, valid = batch.prompt.roll(shift, 0), batch.prompt_valid.roll(shift, 0)
+    mark_response(valid, batch.prompt_valid.response_at.roll(shift, 0))
     return memdlm.adapt(model.backbone, s, prompt, valid, batch.seeds)[0]
 
 

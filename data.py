@@ -118,9 +118,21 @@ def collate(samples, seeds, closed_book):
         texts.append(prompt + sample.rest)
         answers.append([False] * len(prompt) + sample.answer)
     prompts = [sample.prompt for sample in samples]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
     return Batch(
-        x0=pad(texts, PAD), maskable=pad(answers, False), valid=where_tokens(texts),
-        seeds=list(seeds), prompt=pad(prompts, PAD), prompt_valid=where_tokens(prompts))
+        x0=pad(texts, PAD), maskable=pad(answers, False),
+        valid=mark_response(where_tokens(texts), 0 * lengths if closed_book else lengths),
+        seeds=list(seeds), prompt=pad(prompts, PAD),
+        prompt_valid=mark_response(where_tokens(prompts), lengths))
+
+
+def mark_response(valid, starts):
+    """`valid` [B, L], with word of where each response begins, starts [B], in `response_at`.
+
+    A real model whose prompt looks left only has to know. Nobody else reads it.
+    """
+    valid.response_at = starts
+    return valid
 
 
 def pad(lists, filler):

@@ -1,4 +1,4 @@
-"""Compare, measure and test trained models: one door to five kinds of evaluation.
+"""Compare, measure and test trained models: one door to six kinds of evaluation.
 
     python evaluate.py                        compare the latest run with its control
     python evaluate.py compare RUN ...        compare runs of the same data, with the controls that
@@ -7,6 +7,7 @@
     python evaluate.py tasks TASKS RUN        tasks of lm-evaluation-harness (RULER, BABILong ...)
     python evaluate.py paper                  the paper's tables, with our scores beside them
     python evaluate.py claims                 every claim of the paper on the toy, with verdicts
+    python evaluate.py conversion             six ways from left to right to diffusion, compared
     python evaluate.py lm_eval ...            lm-evaluation-harness's own command line
 
 `python evaluate.py COMMAND --help` says what each takes. Command lines from the time before the
@@ -148,13 +149,27 @@ def claims(arguments, changes):
     run_claims(arguments.quick, arguments.jobs, arguments.seeds, arguments.out)
 
 
+def add_conversion_flags(parser):
+    parser.add_argument("ways", nargs="*", help="names of ways, as in the table [default all]")
+
+
+def conversion(arguments, changes):
+    """Convert SmolLM2 from left to right to diffusion in six ways, and compare them.
+
+    A second call goes on where the first was stopped. Needs two packages; see paper/conversion.py.
+    """
+    from paper.conversion import run_conversion
+    run_conversion(arguments.ways)
+
+
 # ---- The door -----------------------------------------------------------------------------------
 
 # name -> what runs the command, what adds its flags. What runs it takes the parsed arguments, and
 # those of them that change settings.
 COMMANDS = {"compare": (compare, add_compare_flags), "exposure": (exposure, add_exposure_flags),
             "tasks": (tasks, add_tasks_flags), "paper": (paper, add_paper_flags),
-            "claims": (claims, add_claims_flags)}
+            "claims": (claims, add_claims_flags),
+            "conversion": (conversion, add_conversion_flags)}
 
 # The flags that --help shows of commands that have more.
 FIRST = {"compare": ["runs", "--samples", "--picture", "--json"],

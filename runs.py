@@ -82,6 +82,7 @@ def build_real(s, training, device, say):
     The data come first so that a mistake in a file is found before minutes of loading.
     """
     from backbones.checkpoint import describe, load_backbone
+    from backbones.convert import describe_conversion
     from backbones.families import read_config
     from backbones.lora import add_lora, load_adapter
     from backbones.text import ChatData, chat_turns
@@ -95,7 +96,7 @@ def build_real(s, training, device, say):
         say(plan_memory(config, s, device))
     merge = s.from_adapter if s.merge else ""
     backbone = load_backbone(s.model, s.load_4bit, s.dtype, device, s.attention, s.checkpointing,
-                             merge)
+                             merge, shift=s.shift)
     if s.from_adapter and not merge:
         load_adapter(backbone, s.from_adapter, s.lora_dropout, s.lora_dtype)
     elif s.lora:
@@ -104,6 +105,8 @@ def build_real(s, training, device, say):
     elif not s.load_4bit:
         backbone.requires_grad_(True)
     say(describe(backbone))
+    if backbone.config.left_to_right and training:
+        say(console.fold(describe_conversion(backbone)))
     where = name_part(s.data, len(records) + bad, s.max_records)
     data = ChatData(backbone, records, s.max_length, s.truncate, s.split_seed, where, bad, s.seed,
                     s.skip_bad, s.turns)
@@ -165,6 +168,9 @@ def open_model(run, model, changes):
         return open_run(run or latest_run(), with_data=False, **changes)
     s = Settings(model=model, lora=False, **changes)
     data, memory_model = build(s, training=False)
+    if memory_model.backbone.config.left_to_right:
+        console.say(f"{model} was trained left to right, not yet as a diffusion model; first: "
+                    f"python train.py --model {model}")
     return s, data, memory_model.requires_grad_(False).eval()
 
 

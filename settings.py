@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 import memdlm
+from backbones.config import ATTENTION
 from console import printable
 from files import nearest
 from memdlm import setting
@@ -121,10 +122,13 @@ class Settings(memdlm.Settings):
         ["auto", "bfloat16", "float32"])
     device: str = setting("loading", "auto", "where a real model runs: auto is a GPU if there is "
         "one", ["auto", "cuda", "cpu"])
-    attention: str = setting("loading", "full", "where a token looks: everywhere (full); or, for "
+    attention: str = setting("loading", "auto", "where a token looks: everywhere (full); or, for "
         "LLaDA2.x and SDAR in training and adaptation, not beyond its block (block), as they "
         "decode; or, for models trained left to right, not to its right (causal), in the N lower "
-        "layers alone (causal:N)")
+        "layers alone (causal:N), or in the prompt alone (causal-prompt); auto is what the "
+        "model's config.json says, else full")
+    shift: bool = setting("loading", False, "predict a token from the place before it, as models "
+        "trained left to right have learned to; such a model needs it in all commands")
     from_adapter: str = setting("loading", "", "start from this LoRA: a folder or hub id in PEFT's "
         "format")
     merge: bool = setting("loading", False, "add --from-adapter to the weights, before they are "
@@ -141,9 +145,11 @@ class Settings(memdlm.Settings):
                              "all of its weights")
         if self.model == "toy" and self.turns == "all":
             raise ValueError("--turns all is for real models; a sample of the toy has one response")
-        if not re.fullmatch(r"full|block|causal(:[1-9][0-9]{0,3})?", self.attention):
-            raise ValueError(f"attention is {self.attention!r:.80}; it must be one of full, block, "
-                             "causal, causal:N with N from 1 (causal:20)")
+        if self.attention != "auto" and not ATTENTION.fullmatch(self.attention):
+            raise ValueError(f"attention is {self.attention!r:.80}; it must be one of auto, full, "
+                             "block, causal-prompt, causal, causal:N with N from 1 (causal:20)")
+        if self.shift and self.model == "toy":
+            raise ValueError("--shift is for real models that were trained left to right")
         if self.toy_lora and (self.model != "toy" or not self.from_run):
             raise ValueError("--toy-lora is for a toy that starts --from-run")
         if self.from_run and self.model != "toy":

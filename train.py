@@ -40,7 +40,7 @@ from compare import draw_losses, print_comparison
 from console import (
     catch_signals, end_work, fold, format_answers, last_words, say, show_end, terminal_width,
 )
-from data import collate, visible_pieces
+from data import collate, mark_response, visible_pieces
 from files import append_line
 from runs import (
     build, find_run_to_resume, hold_run, load_checkpoint, missing_folders, pick_folder,
@@ -203,7 +203,7 @@ def fill_with_ends(batch, eos_id):
     # samples that it shares a batch with.
     pad = ~batch.valid
     return replace(batch, x0=batch.x0.masked_fill(pad, eos_id), maskable=batch.maskable | pad,
-                   valid=batch.valid | pad)
+                   valid=mark_response(batch.valid | pad, batch.valid.response_at))
 
 
 # ---- Gradients ----------------------------------------------------------------------------------
@@ -451,8 +451,8 @@ def cut_reply(batch, most):
     """A batch of one sample, with only the first tokens of its reply, `most` of them."""
     first = batch.maskable & (batch.maskable.cumsum(1) <= most)
     end = int(first[0].nonzero().max()) + 1
-    return replace(batch, x0=batch.x0[:, :end], maskable=first[:, :end],
-                   valid=batch.valid[:, :end])
+    valid = mark_response(batch.valid[:, :end], batch.valid.response_at)
+    return replace(batch, x0=batch.x0[:, :end], maskable=first[:, :end], valid=valid)
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ after the other: a token sees its own block and the blocks before it. Still, LLa
 with memory and adapted to prompts under full attention, because the published run did so
 (--attention full, the default). --attention block is the mask that its base model was trained with.
 The same holds for SDAR. A model that was trained left to right can look left only, in all layers
-(--attention causal) or in the N lower ones (--attention causal:N).
+(--attention causal), in the N lower ones (--attention causal:N), or in the prompt (--attention
+causal-prompt).
 
 `--model smollm2` is a real model that comes inside a Python package: see smollm2.py.
 
@@ -37,6 +38,7 @@ The rooms, from the ground up:
     backbone         a network with the interface that memdlm.py asks for
     text             tokenizer, chat template, chat data
     smollm2          the model that comes inside a package
+    convert          from left to right to diffusion: sight, mask, shifted logits
     checkpoint       from a hub id or a folder to a backbone, also in 4 bits
     plan             the memory of a training run and of an answer, before anything is loaded
     tiny             a tiny random checkpoint of any family, to try the whole path on a CPU

@@ -63,6 +63,19 @@ def shift_left(need):
     return read
 
 
+def in_response(valid, h):
+    """Where the response stands, [B, L] bool: what --attention causal-prompt lets look both ways.
+
+    `data.collate` leaves word of it on `valid`.
+    """
+    start = getattr(valid, "response_at", None)
+    if start is None:
+        raise ValueError("--attention causal-prompt has to know where the response begins, and "
+                         "nothing says so here; choose another --attention")
+    place = torch.arange(h.shape[1], device=h.device)
+    return place >= start[:, None].to(h.device)
+
+
 class Backbone(nn.Module):
     """A network with the interface `Backbone` of memdlm.py."""
     keeps_past = True  # `blocks` takes keys and values of an earlier pass
@@ -136,7 +149,11 @@ class Backbone(nn.Module):
     def mask(self, valid, h, past, looks_left=False):
         """Where a query may look: not at padding and, if block-causal, not beyond its own block.
 
-        looks_left: nor at what follows it, in the layers that stay as they were trained.
+        looks_left: nor at what follows it, in the layers that stay as they were trained. With
+        causal-prompt the tokens of the prompt do so in all layers:
+
+            prompt      a b      a sees a;  b sees a b
+            response    c d      c and d see a b c d
         """
         mask = None
         if valid is not None and not valid.all():
@@ -148,10 +165,12 @@ class Backbone(nn.Module):
                 block = torch.arange(before + h.shape[1], device=h.device) // size
                 causal = block[before:, None] >= block  # [L, before + L]
                 mask = causal if mask is None else mask & causal
-        if looks_left:
+        if looks_left or self.attention == "causal-prompt":
             past = past or Past(h.shape[1])
             place = past.positions(h.shape[1], h.device)  # [L], or [B, 1, L]
             left = place[..., None] >= torch.arange(past.end(h.shape[1]), device=h.device)
+            if not looks_left:
+                left = left | in_response(valid, h)[:, None, :, None]  # [B, 1, L, L]
             mask = left if mask is None else mask & left
         return mask
 

@@ -28,6 +28,8 @@ def check_cache(backbone):
     if backbone.decoder is not memdlm.denoise:
         raise ValueError(f"{backbone.title} always keeps the keys and values of finished blocks: "
                          "leave the cache out")
+    if getattr(backbone, "attention", "") == "causal-prompt":
+        raise ValueError("--cache is not for --attention causal-prompt")
     if not getattr(backbone, "keeps_past", False):
         raise ValueError(f"the block cache is for real models, not for the {backbone.title}, "
                          "which is small enough to decode exactly")

@@ -5,6 +5,7 @@ their values one at a time. So the host never holds more than one parameter besi
 """
 from __future__ import annotations
 
+import json
 import logging
 import re
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch import nn
 
 from backbones.backbone import Backbone, build_network
 from backbones.config import check_id, read_ends, show
-from backbones import smollm2
+from backbones import convert, smollm2
 from backbones.experts import Stack
 from backbones.families import FAMILIES, PUBLISHED, translate
 from backbones.lora import merge_adapter
@@ -30,27 +31,24 @@ QUANTISED = re.compile(
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def load_backbone(model, load_4bit=False, dtype="auto", device=None, attention="full",
-                  checkpointing=False, merge="", random=False, seed=0):
+def load_backbone(model, load_4bit=False, dtype="auto", device=None, attention="auto",
+                  checkpointing=False, merge="", random=False, seed=0, shift=False):
     """A hub id or a folder in the hub's layout -> Backbone, frozen and in eval mode.
 
     random: `model` is a name of PUBLISHED or a config.json as a dict, and the weights are random.
     dtype: auto (bfloat16 on a GPU, the file's on a CPU), bfloat16 or float32. merge: the folder of
-    an adapter that is added to the weights before they are rounded. A ValueError says in one line
-    what does not fit.
+    an adapter that is added to the weights before they are rounded. attention, shift: see
+    convert.choose_sight. A ValueError says in one line what does not fit.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if random:
         raw, tokenizer = PUBLISHED[model] if isinstance(model, str) else model, None
         config, source = translate(raw), random_source(device, seed)
-        config = set_special_ids(config, tokenizer, "the model")
+        config, source = set_special_ids(config, tokenizer, "the model", source)
     else:
         open_files = open_package if smollm2.is_meant(model) else open_folder
         config, raw, source, tokenizer = open_files(model)
-    family = FAMILIES[config.family]
-    if attention == "block" and not family.block_length:
-        raise ValueError("--attention block is for LLaDA2.x and SDAR, which decode in blocks; "
-                         f"{family.title} attends fully")
+    config = convert.choose_sight(config, attention, shift)
     dtype = choose_dtype(dtype, raw, device)
     with torch.device("meta"):
         network = build_network(config)
@@ -62,12 +60,13 @@ def load_backbone(model, load_4bit=False, dtype="auto", device=None, attention="
         source.finish()
     if tokenizer:
         tokenizer.mask_id, tokenizer.eos_id = config.mask_id, config.eos_id
+        tokenizer.vocab_size = config.vocab_size
     network.is_loaded_in_4bit = load_4bit  # where PEFT looks
     if device.type == "cuda":
         # TF32: products in float32, above all the LoRA's, on tensor cores.
         torch.set_float32_matmul_precision("high")
     name = ("random weights" if random else model) + (f" merged with {merge}" if merge else "")
-    return Backbone(network, config, tokenizer, attention, checkpointing, name).eval()
+    return Backbone(network, config, tokenizer, config.attention, checkpointing, name).eval()
 
 
 def open_folder(model):
@@ -80,8 +79,8 @@ def open_folder(model):
         config = replace(config, tied=source.is_tied(config))
     if (folder / "tokenizer.json").exists():
         tokenizer = Tokenizer(folder, config)
-    config = set_special_ids(config, tokenizer, folder)
     source.refuse_few(config)
+    config, source = set_special_ids(config, tokenizer, folder, source)
     return config, raw, source, tokenizer
 
 
@@ -89,7 +88,7 @@ def open_package(model):
     """The same of the model that comes inside a package."""
     file = smollm2.Gguf(smollm2.find_file())
     raw, hf = PUBLISHED[model], smollm2.read_tokenizer(file.fields)
-    config = translate(raw)
+    config = replace(translate(raw), left_to_right=True)
     return config, raw, smollm2.PackagedWeights(file, config), Tokenizer(model, config, hf)
 
 
@@ -109,17 +108,22 @@ def add_generation_ends(config, path):
     return replace(config, eos_ids=read_ends(raw, config.vocab_size, path, config.eos_ids))
 
 
-def set_special_ids(config, tokenizer, where):
-    """The config with the ids of mask and ends, which nobody guesses.
+def set_special_ids(config, tokenizer, where, source):
+    """The config with the ids of mask and ends, which nobody guesses; and the source of weights.
 
-    The mask is the one in config.json, else the tokenizer's. The ends are all that the files of
-    the model name and the tokenizer's own. where: the model's folder, for the error.
+    The mask is the one in config.json, else the tokenizer's. A model that was trained left to
+    right has none and gets one. The ends are all that the files of the model name and the
+    tokenizer's own. where: the model's folder, for the error.
     """
     mask, ends = config.mask_id, config.eos_ids
     if tokenizer:
         mask = tokenizer.mask_id if mask is None else mask
         theirs = {"eos_token_id": tokenizer.eos_id}
         ends = read_ends(theirs, config.vocab_size, where, ends)
+    config = replace(config, left_to_right=config.left_to_right and mask is None)
+    if config.left_to_right:
+        config, source = convert.add_mask(config, tokenizer, source)
+        mask = config.mask_id
     if mask is None or not ends:
         what, key = ("mask", "mask_token_id") if mask is None else ("end", "eos_token_id")
         raise ValueError(f"{where}: neither config.json nor a tokenizer names the {what} token; "
@@ -128,7 +132,7 @@ def set_special_ids(config, tokenizer, where):
     if mask in ends:
         raise ValueError(f"{where}: mask and end token have the same id, {mask}; correct "
                          "mask_token_id in config.json")
-    return replace(config, mask_id=mask, eos_ids=ends)
+    return replace(config, mask_id=mask, eos_ids=ends), source
 
 
 def load_weights(network, source, dtype, device):
@@ -173,6 +177,20 @@ def hub_weights(network):
             stack = weights.pop(f"{path}.weight")
             weights |= {f"{name}.weight": W for name, W in zip(module.names(path), stack)}
     return weights
+
+
+def write_shards(weights, folder, shards):
+    """Weights as several safetensors files with an index, as the hub has them."""
+    from safetensors.torch import save_file
+    names, file_of = sorted(weights), {}
+    for i in range(shards):
+        file, part = f"model-{i + 1:05}-of-{shards:05}.safetensors", names[i::shards]
+        save_file({name: weights[name].contiguous() for name in part}, folder / file,
+                  {"format": "pt"})
+        file_of |= dict.fromkeys(part, file)
+    size = sum(w.numel() * w.element_size() for w in weights.values())
+    index = {"metadata": {"total_size": size}, "weight_map": file_of}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 # ---- Where weights come from --------------------------------------------------------------------

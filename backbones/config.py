@@ -10,6 +10,7 @@ that is null says nothing.
 """
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from reprlib import Repr
 
@@ -43,6 +44,9 @@ NEUTRAL = dict(
     add_cross_attention=(None, False), tie_encoder_decoder=(None, False), pruned_heads=(None, {}))
 # Where a file says that its weights are quantised.
 QUANTISED = ("quantization_config", "quantization", "compression_config")
+
+# How a token may look at the others; see --attention.
+ATTENTION = re.compile(r"full|block|causal-prompt|causal(:[1-9][0-9]{0,3})?")
 
 _short = Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 100
@@ -78,6 +82,8 @@ class Config:
     tied: bool = False     # the head is the embedding
     shift: bool = False    # the logits of a token come from the hidden state before it
     block_length: int = 0  # of a block, which sees itself and those before; 0: the family's
+    attention: str = ""    # how tokens look at each other, where config.json says so
+    left_to_right: bool = False  # trained to say what comes next: there is no mask yet
     max_length: int = 0    # positions the model was made for
     stored: str | None = field(default=None, compare=False)  # precision of the files' numbers
     mask_id: int | None = None
@@ -149,6 +155,14 @@ class Fields:
             raise ValueError(
                 f"{self.name}: {key} is {show(value)}; it must be a number from {low} to {high}")
         return kind(value)
+
+    def read_conversion(self):
+        """What export.py writes of a model that was trained left to right first."""
+        attention = self.get("attention")
+        if attention is not None and not ATTENTION.fullmatch(str(attention)):
+            self.refuse("attention", attention)
+        self.only(shift=(None, False, True))
+        return dict(attention=attention or "", shift=bool(self.get("shift")))
 
     def ignore(self, *keys):
         """These fields change nothing of what this family's blocks compute."""

@@ -153,6 +153,11 @@ def _llama(fields, biases=(None, False)):
                         tied=bool(fields.get("tie_word_embeddings")))
 
 
+# What the library calls models that say what comes next. Some of that name are diffusion models
+# already: their config.json or tokenizer names a mask.
+LEFT_TO_RIGHT = ("llama", "qwen2", "qwen3")
+
+
 def _qwen2(fields):
     """Qwen2's and Qwen2.5's config.json. Its queries, keys and values always have a bias."""
     return _llama(fields, biases=(None, True))
@@ -240,7 +245,7 @@ _TINY_DENSE = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
                    eos_token_id=300, mask_token_id=301)
 # A2D: an autoregressive model's weights, trained on without the causal mask.
 FAMILIES["a2d-qwen3"] = Family(
-    title="Qwen3 (A2D)", model_types=("a2d-qwen3",), marker="", translate=_llama,
+    title="Qwen3 (A2D)", model_types=("a2d-qwen3", "qwen3"), marker="", translate=_llama,
     block=Qwen3Block, embed="model.embed_tokens", layers="model.layers", norm="model.norm",
     head="lm_head", attention=("q_proj", "k_proj", "v_proj", "o_proj"),
     ffn=("gate_proj", "up_proj", "down_proj"), router="", head_norms=True,
@@ -254,7 +259,7 @@ FAMILIES["a2d-qwen3"] = Family(
         max_position_embeddings=40960, eos_token_id=151645, mask_token_id=151669)},
     tiny=_TINY_DENSE | dict(head_dim=32))
 FAMILIES["a2d-qwen2"] = FAMILIES["a2d-qwen3"]._replace(
-    title="Qwen2 (A2D)", model_types=("a2d-qwen2",), translate=_qwen2, block=Qwen2Block,
+    title="Qwen2 (A2D)", model_types=("a2d-qwen2", "qwen2"), translate=_qwen2, block=Qwen2Block,
     head_norms=False,
     published={"qwen2.5-coder-0.5b": dict(
         model_type="a2d-qwen2", hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
@@ -263,7 +268,7 @@ FAMILIES["a2d-qwen2"] = FAMILIES["a2d-qwen3"]._replace(
         max_position_embeddings=32768, eos_token_id=151645, mask_token_id=151665)},
     tiny=_TINY_DENSE)
 FAMILIES["a2d-llama"] = FAMILIES["a2d-qwen3"]._replace(
-    title="Llama (A2D)", model_types=("a2d-llama",), block=LlamaBlock, head_norms=False,
+    title="Llama (A2D)", model_types=("a2d-llama", "llama"), block=LlamaBlock, head_norms=False,
     turn_ends=("<|eot_id|>", "<|im_end|>"),
     turn_marks=("<|start_header_id|>", "<|end_header_id|>", "<|im_start|>"),
     published={"smollm2": dict(  # SmolLM2-135M-Instruct; see smollm2.py
@@ -298,10 +303,15 @@ TINY = {name: raw | family.tiny for family in FAMILIES.values()
 
 def read_config(model):
     """The configuration of a model, before any of its weights are fetched."""
+    return translate(*read_raw(model))
+
+
+def read_raw(model):
+    """The content of a model's config.json, and how to call it."""
     if model in PUBLISHED and not Path(model).is_dir():
-        return translate(PUBLISHED[model])
+        return PUBLISHED[model], "config.json"
     path = model_folder(model, ["config.json"]) / "config.json"
-    return translate(read_json(path), str(path))
+    return read_json(path), str(path)
 
 
 def translate(raw, name="config.json"):
@@ -315,7 +325,10 @@ def translate(raw, name="config.json"):
         if kind in family.model_types and (not family.marker or family.marker in fields.raw):
             fields.read_common()
             sizes = family.translate(fields)
+            if key.startswith("a2d-"):
+                sizes |= fields.read_conversion()
             config = Config(family=key, **sizes, **fields.special_ids(sizes["vocab_size"]),
+                            left_to_right=kind in LEFT_TO_RIGHT,
                             stored=fields.get("dtype") or fields.get("torch_dtype"))
             config.check(name)
             fields.refuse_unknown()

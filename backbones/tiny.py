@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from backbones.checkpoint import hub_weights, load_backbone
+from backbones.checkpoint import hub_weights, load_backbone, write_shards
 from backbones.families import FAMILIES, TINY, translate
 
 TEMPLATE = (
@@ -90,20 +90,6 @@ def write_tiny(name, folder, seed=0, shards=2, tokenizer="bytes"):
     pairs = [{"prompt": f"What is {a} plus {b}?", "response": f"{a} plus {b} is {a + b}."}
              for a in range(10) for b in range(6)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n")
-
-
-def write_shards(weights, folder, shards):
-    """Weights as several safetensors files with an index, as the hub has them."""
-    from safetensors.torch import save_file
-    names, file_of = sorted(weights), {}
-    for i in range(shards):
-        file, part = f"model-{i + 1:05}-of-{shards:05}.safetensors", names[i::shards]
-        save_file({name: weights[name].contiguous() for name in part}, folder / file,
-                  {"format": "pt"})
-        file_of |= dict.fromkeys(part, file)
-    size = sum(w.numel() * w.element_size() for w in weights.values())
-    index = {"metadata": {"total_size": size}, "weight_map": file_of}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 def main():

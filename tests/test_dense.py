@@ -192,7 +192,7 @@ def test_the_lower_layers_look_left(attention, left):
 
 def test_an_attention_that_does_not_exist_is_refused():
     for attention in ("causal:0", "causal:x", "left", "causal:1.5", ""):
-        with pytest.raises(ValueError, match="must be one of full, block, causal"):
+        with pytest.raises(ValueError, match="must be one of auto, full, block, causal"):
             Settings(model="x", attention=attention)
     with pytest.raises(ValueError, match="the model has 4 layers"):
         tiny_backbone("smollm2", attention="causal:5")

@@ -21,7 +21,7 @@ FLOORS = [
     {"settings"},
     {"runs"},
     {"compare", "pages"},
-    {"train", "generate"},
+    {"train", "generate", "export"},
     {"paper"},
     {"evaluate", "bench"},
 ]
