@@ -13,7 +13,8 @@ import export
 import memdlm
 import train
 from backbones.checkpoint import hub_weights, load_backbone, write_shards
-from backbones.families import TINY
+from backbones.convert import choose_sight
+from backbones.families import PUBLISHED, TINY, translate
 from backbones.lora import lora_weights
 from backbones.tiny import MERGING_TEMPLATE, byte_tokenizer, write_tiny
 from compare import write_phi
@@ -150,6 +151,15 @@ def test_what_causal_prompt_cannot_do_is_refused():
             tiny_backbone(name, shift=True)
     with pytest.raises(ValueError, match="--shift is for real models"):
         Settings(shift=True)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_look_everywhere_unless_told_otherwise(name):
+    config = translate(PUBLISHED[name])
+    assert choose_sight(config, "auto", False).attention == "full"
+    left = replace(config, attention="causal:2")
+    assert choose_sight(left, "auto", False).attention == "causal:2"
+    assert choose_sight(left, "full", False).attention == "full"
 
 
 def test_shift_predicts_a_token_from_the_place_before_it():
