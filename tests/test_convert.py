@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import export
 import memdlm
@@ -15,13 +14,11 @@ import train
 from backbones.checkpoint import hub_weights, load_backbone, write_shards
 from backbones.convert import choose_sight
 from backbones.families import PUBLISHED, TINY, translate
-from backbones.lora import lora_weights
 from backbones.tiny import MERGING_TEMPLATE, byte_tokenizer, write_tiny
 from compare import write_phi
 from data import Sample, collate
 from runs import build, open_run
 from settings import Settings
-from test_cli import refused
 from tiny_models import all_logits, edit_json, library_model, tiny_backbone, to_library
 
 ROOT = Path(__file__).resolve().parent.parent
