@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import memdlm
 from backbones.block_diffusion import MODES
-from data import Sample, collate
+from data import Sample, collate, mark_response
 from generate import decoder_options, reply_text
 from paper.scores import add_scores, load_scores, plain
 from runs import KINDS, latest_run, open_model
@@ -349,12 +349,14 @@ class Harness:
         loading and decoding.
         """
         loading = {name: getattr(Settings, name) for name in names_of("loading")
-                   if name not in ("from_adapter", "threads")}
+                   if name not in ("from_adapter", "threads", "attention")}
+        sight = getattr(self.backbone, "attention", "full")  # the toy has no other
         return {"model": self.backbone.title, "weights": self.s.model,
                 "run": str(self.run) if self.run else None, "adapter": self.s.from_adapter or None,
                 "memory": self.s.memory if self.run else None, "adapt": self.adapt,
                 "other": changed(self.s, asdict(memdlm.Settings())),
-                "options": changed(self, USUAL) | changed(self.s, loading)}
+                "options": changed(self, USUAL) | changed(self.s, loading)
+                | ({} if sight == "full" else {"attention": sight})}
 
     # Generating text.
 
@@ -483,13 +485,14 @@ class Harness:
             seeds = [f"{name} {i}" for i in range(start, stop)]
             x0 = batch.x0.expand(len(seeds), -1)  # [b, L]
             maskable = batch.maskable.expand(len(seeds), -1)
+            valid = mark_response(torch.ones_like(maskable),
+                                  batch.valid.response_at.expand(len(seeds)))
             k = 1 + (memdlm.uniform(seeds, "mc", 1) * n).long()  # [b, 1]
             u = memdlm.uniform(seeds, "mc masks", x0.shape[1])
             masked = maskable & (memdlm.rank_of(maskable, u) < k)
             phi_of_each = phi and {key: tuple(w.expand(len(seeds), *w.shape[1:]) for w in pair)
                                    for key, pair in phi.items()}
-            nll = memdlm.response_nll(self.backbone, self.s, x0, masked,
-                                      torch.ones_like(maskable), phi_of_each)
+            nll = memdlm.response_nll(self.backbone, self.s, x0, masked, valid, phi_of_each)
             total += float((nll.sum(1) * n / k[:, 0]).sum())
         return -total / self.mc_samples
 

@@ -82,7 +82,7 @@ def extra_in_index(copy):
 
 
 @pytest.mark.parametrize("change, says", [
-    (edit_json("config.json", model_type="gpt2"), "supported are LLaDA"),
+    (edit_json("config.json", model_type="gemma3"), "supported are LLaDA"),
     (edit_json("config.json", model_type="llada2_moe"), "use_bias is None"),
     (edit_json("config.json", num_experts=None), "supported are LLaDA"),
     (edit_json("config.json", rope_theta=None), "rope_theta is None"),

@@ -151,9 +151,9 @@ def test_other_mathematics_are_named_and_refused(name, values, says):
 
 
 def test_another_architecture_is_refused_as_such():
-    other = dict(model_type="gpt2", tie_word_embeddings=True, rope_scaling=YARN, sliding_window=1)
-    with pytest.raises(ValueError, match="model_type 'gpt2' is not supported; supported are"):
-        translate(other)
+    gemma = dict(model_type="gemma3", tie_word_embeddings=True, rope_scaling=YARN, sliding_window=1)
+    with pytest.raises(ValueError, match="model_type 'gemma3' is not supported; supported are"):
+        translate(gemma)
 
 
 def test_ends_are_all_that_are_named_and_the_padding_is_none():

@@ -12,7 +12,8 @@ import export
 import memdlm
 import train
 from backbones.checkpoint import hub_weights, load_backbone, write_shards
-from backbones.families import TINY
+from backbones.convert import choose_sight
+from backbones.families import PUBLISHED, TINY, translate
 from backbones.tiny import MERGING_TEMPLATE, byte_tokenizer, write_tiny
 from compare import write_phi
 from data import Sample, collate
@@ -121,6 +122,21 @@ def test_training_and_decoding_know_where_the_response_begins(tiny_models, chang
     assert not (canvas == model.backbone.mask_id)[test.valid].any()
 
 
+@pytest.mark.slow
+def test_likelihoods_and_answers_of_tasks_know_it_too(tiny_models):
+    """Draws scored together equal draws scored alone. The row of a score says how tokens look."""
+    from paper.harness import make_harness_class
+    options = dict(model=str(tiny_models / "smollm2"), attention="causal-prompt", adapt=True,
+                   mc_samples=4, rank=4, alpha=8.0, device="cpu")
+    together, alone = (make_harness_class()(batch_size=size, **options) for size in (4, 1))
+    a, b = (harness.score([65, 66, 67], [68, 69], "name") for harness in (together, alone))
+    assert a[0] == pytest.approx(b[0], rel=1e-5) and a[1] == b[1]
+    assert together.describe_method()["options"]["attention"] == "causal-prompt"
+    full = make_harness_class()(batch_size=4, **options | {"attention": "full"})
+    assert full.score([65, 66, 67], [68, 69], "name")[0] != pytest.approx(a[0], rel=1e-5)
+    assert "attention" not in full.describe_method()["options"]
+
+
 def test_what_causal_prompt_cannot_do_is_refused():
     backbone, batch = tiny_backbone("smollm2", attention="causal-prompt"), batch_of((3, 4))
     with pytest.raises(ValueError, match="where the response begins"):
@@ -132,6 +148,15 @@ def test_what_causal_prompt_cannot_do_is_refused():
             tiny_backbone(name, shift=True)
     with pytest.raises(ValueError, match="--shift is for real models"):
         Settings(shift=True)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_look_everywhere_unless_told_otherwise(name):
+    config = translate(PUBLISHED[name])
+    assert choose_sight(config, "auto", False).attention == "full"
+    left = replace(config, attention="causal:2")
+    assert choose_sight(left, "auto", False).attention == "causal:2"
+    assert choose_sight(left, "full", False).attention == "full"
 
 
 def test_shift_predicts_a_token_from_the_place_before_it():

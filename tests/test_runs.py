@@ -26,7 +26,7 @@ def test_defaults_of_a_run_are_the_papers():
     s = settings_from_flags({"model": "x"})
     assert (s.lr, s.warmup, s.weight_decay, s.grad_clip) == (2e-5, 0.1, 0.0, 1.0)
     assert (s.lora, s.lora_rank, s.lora_alpha, s.lora_dropout) == (True, 32, 64.0, 0.05)
-    assert (s.lora_scope, s.optimizer, s.attention) == ("all", "adamw", "auto")
+    assert (s.lora_scope, s.optimizer, s.attention) == ("all", "adamw", "auto")  # auto: full
     assert (s.epochs, s.batch * s.accumulate, s.max_length) == (5.0, 32, 4096)
     assert (s.data, s.skip_bad, s.truncate, s.eos_loss) == (
         "Yukang/LongAlpaca-12k", True, False, False)
