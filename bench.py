@@ -676,7 +676,7 @@ def scale_table():
         for length in (4096, 8192, 16384, 32768):
             plain, inner = step_flops(c, s, length)
             whole, memory = plain + inner, sum(size for _, size in memory_plan(c, s, length))
-            fits = ["fits" if memory < room else "no" for room in (24e9, 80e9)]
+            fits = ["fits" if memory < room else "no" for room in (24 * 2**30, 80 * 2**30)]
             out.append((name, f"{length:,}", f"{plain / 1e12:.1f}", f"{whole / 1e12:.1f}",
                         f"{whole / plain:.2f}", f"{whole / 1e14:.1f}", f"{memory / 2**30:.1f}",
                         *fits))

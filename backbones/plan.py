@@ -45,6 +45,7 @@ def answer_plan(config, s, length, device="cuda"):
     chunk = min(chunk_of_logits(s, device), length * config.vocab_size) * (wide + 12)
     return [plan_weights(network, config, s, wide), ("LoRA", lora),
             ("phi, its gradient and its successor", 3 * phi_bytes(network, config, one)),
+            *plan_stacks(config, s, wide, upper),
             (f"a prompt of {length} tokens: activations", layers), ("a chunk of logits", chunk),
             allowance(device)]
 
@@ -131,9 +132,25 @@ def plan_activations(config, s, length, wide, device):
         (f"activations of the {upper} layers with phi, {length} tokens x {s.batch}",
          upper * layer_with_phi),
         (f"activations of the layers below{how}", lower),
+        *plan_stacks(config, s, wide, upper + 1 if s.checkpointing else config.layers),
         ("a chunk of logits: in the model's precision, in float32, log-softmax and gradient",
          min(chunk_of_logits(s, device), tokens * config.vocab_size) * (wide + 12)),
         allowance(device)]
+
+
+def plan_stacks(config, s, wide, layers):
+    """What stacks of experts need while they are computed, of which `layers` layers are kept.
+
+    A product unpacks the 4 bits of one stack. A LoRA in float32 is copied in the model's precision,
+    and the copy stays until the layer's backward pass.
+    """
+    if not config.experts:
+        return []
+    stack, copies = config.experts * config.expert_ffn * config.width * wide * s.load_4bit, 0
+    if s.lora and s.lora_scope == "all" and BYTES[s.lora_dtype] != wide:
+        each = s.lora_rank * (config.width + config.expert_ffn)
+        copies = 3 * config.experts * each * wide * layers
+    return [("one stack of experts unpacked, their LoRA in the model's precision", stack + copies)]
 
 
 def chunk_of_logits(s, device):
