@@ -58,7 +58,8 @@ def test_the_page_says_what_is_not_measured_yet():
     page = conversion.make_page({"raw": {conversion.LEFT: {
         "losses": losses, conversion.LEFT: losses, "samples": said}}, "arms": {"two-way": arm}}, 9)
     assert "| **two-way: step 1,000** | 2.50 ± 0.50 | 2.50 ± 0.50 | 2.50 ± 0.50 | 21 |  |" in page
-    assert "Not measured yet: two-way, shift, lower 20 left," in page
+    assert "Not measured yet: two-way, shift; lower 20 left;" in page
+    assert "**21 CPU minutes give 2.50 nats at half masked** (the best so far: two-way)." in page
     other = {"losses": {"0.5": [[5.0, 2], [7.0, 2]]}}
     results = {"arms": {"two-way": arm, "prompt left": other}}
     assert conversion.difference(results, "prompt left") == "+0.500 ± 0.000"
