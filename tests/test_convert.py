@@ -168,12 +168,12 @@ def test_shift_predicts_a_token_from_the_place_before_it():
 
 # ---- A model without a mask ---------------------------------------------------------------------
 
-def write_left_to_right(kind, folder, spare):
+def write_left_to_right(kind, folder, spare, tied=True):
     """A tiny model that says what comes next. spare: rows of its embedding that no token has."""
     hf = byte_tokenizer(None, template=MERGING_TEMPLATE, marks=("<|im_start|>", "<|im_end|>"))
     raw = TINY[KINDS[kind]] | {
         "vocab_size": len(hf) + spare, "eos_token_id": hf.get_added_vocab()["<|im_end|>"],
-        "dtype": "float32"}
+        "dtype": "float32", "tie_word_embeddings": tied}
     backbone = load_backbone(raw | {"mask_token_id": 0}, random=True, device="cpu")
     folder.mkdir()
     hf.save_pretrained(folder)
@@ -187,10 +187,11 @@ def write_left_to_right(kind, folder, spare):
 
 
 @pytest.mark.parametrize("spare", [0, 1, 7])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_mask_is_the_first_row_without_a_token(tmp_path, kind, spare):
+@pytest.mark.parametrize("kind, tied", [("llama", True), ("llama", False), ("qwen2", True),
+                                        ("qwen3", False)])
+def test_a_mask_is_the_first_row_without_a_token(tmp_path, kind, tied, spare):
     """Its row begins as the mean of all tokens' rows. Nothing else changes."""
-    before, tokens = write_left_to_right(kind, tmp_path / "model", spare)
+    before, tokens = write_left_to_right(kind, tmp_path / "model", spare, tied)
     after = load_backbone(str(tmp_path / "model"), device="cpu")
     assert after.config.left_to_right and after.mask_id == tokens == after.tokenizer.mask_id
     assert after.vocab_size == after.tokenizer.vocab_size == tokens + max(1, spare)
@@ -198,8 +199,9 @@ def test_a_mask_is_the_first_row_without_a_token(tmp_path, kind, spare):
     torch.testing.assert_close(new[tokens], old[:tokens].mean(0))
     assert torch.equal(new[:tokens], old[:tokens])
     assert torch.equal(new[tokens + 1:], old[tokens + 1:])
-    head = after.part("head")(torch.eye(64))
-    torch.testing.assert_close(head[:, :tokens], before.part("head")(torch.eye(64))[:, :tokens])
+    head, theirs = after.part("head")(torch.eye(64)), before.part("head")(torch.eye(64))
+    torch.testing.assert_close(head[:, :tokens], theirs[:, :tokens])
+    torch.testing.assert_close(head[:, tokens], theirs[:, :tokens].mean(1))
 
 
 def test_a_model_of_that_name_with_a_mask_is_a_diffusion_model_already(tmp_path):
