@@ -120,9 +120,7 @@ all before it and nothing after. "With a mask, left to right" asks the unchanged
 gaps, with the mean as the mask. "Step 0" is a way before its training. CPU minutes are what the
 training took of one core without bfloat16 instructions, its looks at held-out texts included.
 
-![How the held-out loss falls](conversion.png)
-
-## What they say
+{picture}## What they say
 
 Greedy, up to 24 tokens, or what stands in the gaps. The model as it came answers left to right.
 
@@ -320,7 +318,8 @@ def describe_loss(losses):
 
 def make_page(results, count):
     """The whole page as markdown. count: pieces to train on."""
-    return PAGE.format(count=count, held_out=HELD_OUT, table=make_table(results),
+    picture = "![How the held-out loss falls](conversion.png)\n\n" if results["arms"] else ""
+    return PAGE.format(count=count, held_out=HELD_OUT, table=make_table(results), picture=picture,
                        samples=make_samples(results), finding=make_finding(results))
 
 
