@@ -366,7 +366,7 @@ def test_train_refuses(cli, here, models, flags, says):
     (["--prompt", "x" * 9000], "more than the model's window"),
     (["--prompt", "a", "--question", "b"], "--question is for the toy"),
     (["--prompt", "a", "--mode", "speed"], "--mode is not for this model"),
-    (["--prompt", "a", "--threshold", "0.5"], "--threshold is not"),
+    (["--prompt", "a", "--edit-threshold", "0.5"], "--edit-threshold is not"),
 ])
 def test_generate_refuses(cli, models, flags, says):
     assert says in refused(cli(generate, "--model", models / "llada-moe", *flags))
