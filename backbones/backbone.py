@@ -73,7 +73,7 @@ def in_response(valid, h):
         raise ValueError("--attention causal-prompt has to know where the response begins, and "
                          "nothing says so here; choose another --attention")
     place = torch.arange(h.shape[1], device=h.device)
-    return place >= start[:, None].to(h.device)
+    return place >= memdlm.to_device(start[:, None], h)
 
 
 class Backbone(nn.Module):

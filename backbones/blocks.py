@@ -161,13 +161,19 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def feed_forward_matrices(mlp):
-    """{name: linear layer, its adapter, or a stack of them} of every feed-forward in `mlp`."""
+def find_matrices(block, scope, attention, names):
+    """{name: linear layer, its adapter, or a stack of them} of every feed-forward in block.mlp.
+
+    With the scope ffn+attn also the matrices `names` of the block's module `attention`.
+    """
     found = {}
-    for name, module in mlp.named_modules():
+    for name, module in block.mlp.named_modules():
         if isinstance(module, (FeedForward, Experts)):
             for part in ("gate_proj", "up_proj", "down_proj"):
                 found[f"mlp.{name}.{part}".replace("..", ".")] = getattr(module, part)
+    if scope == "ffn+attn":
+        for name in names:
+            found[f"{attention}.{name}"] = getattr(block.get_submodule(attention), name)
     return found
 
 
@@ -229,11 +235,7 @@ class LlamaBlock(nn.Module):
         return add_feed_forward(h, self.post_attention_layernorm, context.need, self.mlp)
 
     def matrices(self, scope):
-        found = feed_forward_matrices(self.mlp)
-        if scope == "ffn+attn":
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                found[f"self_attn.{name}"] = getattr(self.self_attn, name)
-        return found
+        return find_matrices(self, scope, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
 
 
 class Qwen2Block(LlamaBlock):
@@ -278,11 +280,7 @@ class LLaDAMoEBlock(nn.Module):
         return self.mlp.experts(x, weights, chosen, fullest)
 
     def matrices(self, scope):
-        found = feed_forward_matrices(self.mlp)
-        if scope == "ffn+attn":
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                found[f"self_attn.{name}"] = getattr(self.self_attn, name)
-        return found
+        return find_matrices(self, scope, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
 
 
 class LLaDA2Block(nn.Module):
@@ -320,11 +318,7 @@ class LLaDA2Block(nn.Module):
         return routed + self.mlp.shared_experts(x)
 
     def matrices(self, scope):
-        found = feed_forward_matrices(self.mlp)
-        if scope == "ffn+attn":
-            for name in ("query_key_value", "dense"):
-                found[f"attention.{name}"] = getattr(self.attention, name)
-        return found
+        return find_matrices(self, scope, "attention", ("query_key_value", "dense"))
 
 
 class GroupRouter(nn.Module):
