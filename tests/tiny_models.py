@@ -156,7 +156,7 @@ def dequantised(backbone):
 class SingleExperts(nn.ModuleList):
     """The experts of a layer as a checkpoint names them, one after the other, for plain PEFT."""
 
-    def forward(self, x, weights, chosen):
+    def forward(self, x, weights, chosen, fullest=None):
         rows, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
         for number, expert in enumerate(self):
             token, choice = (chosen == number).nonzero(as_tuple=True)
