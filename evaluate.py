@@ -1,4 +1,4 @@
-"""Compare, measure and test trained models: one door to six kinds of evaluation.
+"""Compare, measure and test trained models: one door to seven kinds of evaluation.
 
     python evaluate.py                        compare the latest run with its control
     python evaluate.py compare RUN ...        compare runs of the same data, with the controls that
@@ -8,6 +8,7 @@
     python evaluate.py paper                  the paper's tables, with our scores beside them
     python evaluate.py claims                 every claim of the paper on the toy, with verdicts
     python evaluate.py conversion             six ways from left to right to diffusion, compared
+    python evaluate.py pretrained             the paper's claims on a pretrained base
     python evaluate.py lm_eval ...            lm-evaluation-harness's own command line
 
 `python evaluate.py COMMAND --help` says what each takes. Command lines from the time before the
@@ -162,6 +163,19 @@ def conversion(arguments, changes):
     run_conversion(arguments.ways)
 
 
+def add_pretrained_flags(parser):
+    parser.add_argument("seeds", nargs="*", type=int, help="seeds [default 1 2 3 4 5]")
+
+
+def pretrained(arguments, changes):
+    """Test the paper's claims on SmolLM2, a pretrained base: a night on one core.
+
+    A second call goes on where the first was stopped. Needs two packages; see paper/pretrained.py.
+    """
+    from paper.pretrained import SEEDS, run_pretrained
+    run_pretrained(arguments.seeds or SEEDS)
+
+
 # ---- The door -----------------------------------------------------------------------------------
 
 # name -> what runs the command, what adds its flags. What runs it takes the parsed arguments, and
@@ -169,7 +183,8 @@ def conversion(arguments, changes):
 COMMANDS = {"compare": (compare, add_compare_flags), "exposure": (exposure, add_exposure_flags),
             "tasks": (tasks, add_tasks_flags), "paper": (paper, add_paper_flags),
             "claims": (claims, add_claims_flags),
-            "conversion": (conversion, add_conversion_flags)}
+            "conversion": (conversion, add_conversion_flags),
+            "pretrained": (pretrained, add_pretrained_flags)}
 
 # The flags that --help shows of commands that have more.
 FIRST = {"compare": ["runs", "--samples", "--picture", "--json"],

@@ -5,10 +5,11 @@
     claims.py     each claim as a difference between two runs, and the verdict of the statistics
     report.py     the verdicts as tables, pictures and one page
     conversion.py six ways from a model that was trained left to right to a diffusion model
+    pretrained.py the paper's claims on that model
     harness.py    lm-evaluation-harness, whose tasks a model answers with the decoder of generate.py
     scores.py     scores.json: each score under the name of what was measured
     tables.py     the paper's tables, with our scores beside its numbers
 
 The first four belong together: `python evaluate.py claims` runs them in this order, on the toy. The
-last four are for real models: `python evaluate.py tasks` and `python evaluate.py paper`.
+others are for real models: `python evaluate.py conversion`, `pretrained`, `tasks` and `paper`.
 """

@@ -350,13 +350,13 @@ def count_agreeing(differences, expect):
     return sum(x > 0 if expect == "more" else x < 0 for x in differences)
 
 
-def judge_claims(results):
-    """The claims whose two runs are among the results, a dict each, ready for JSON.
+def judge_claims(results, claims=None):
+    """The claims (CLAIMS) whose two runs are among the results, a dict each, ready for JSON.
 
     With at least one difference it has `mean`, `error`, `interval` and `agree` besides.
     """
     out = []
-    for claim in CLAIMS:
+    for claim in claims or CLAIMS:
         if claim.first[0] not in results or claim.second[0] not in results:
             continue  # not among the runs of this size
         differences = subtract(results, claim.first, claim.second)
