@@ -57,7 +57,7 @@ from settings import WRITTEN_FROM, Settings
 RUNS, RESULTS = Path("runs/pretrained"), Path("results")
 SEEDS = (1, 2, 3, 4, 5)
 WAY = "lower 20 left, shift"
-CODES = (4, 8, 16)                     # codes in a text
+CODES = (2, 4, 8)                      # codes in a text
 QUESTIONS, REVIEWS, PATHS = 16, 24, 8  # held-out samples: codes of each number, reviews, exposure
 NAMES = """Anna Ben Clara David Emma Frank Grace Henry Irene Jack Karen Leo Maria Nick Olivia Paul
     Rachel Sam Tom Victor Wendy Adam Beth Carl Diana Eric Fiona George Helen Ian Julia Kevin Linda
@@ -120,7 +120,7 @@ def make_base_records(seed):
     plots = [plot for plot in dict.fromkeys(plots) if not is_held_out(plot)]
     rng = random.Random(f"base {seed}")
     records = [record for plot in plots for record in cut_pieces(plot, "Go on with this text:")]
-    records += [make_question(rng, rng.choice(plots).split()[:40], rng.randint(2, 16))[0]
+    records += [make_question(rng, rng.choice(plots).split()[:40], rng.randint(2, 8))[0]
                 for _ in records]
     rng.shuffle(records)
     return records
@@ -320,7 +320,7 @@ time. Metric, rates and steps were fixed before the seeds were run.
 
 {table}
 
-Means over seeds with their standard error. `codes 8`: digits right among 8 codes, without phi; a
+Means over seeds with their standard error. `codes 4`: digits right among 4 codes, without phi; a
 guess gets .10. `nats`: on held-out reviews, half masked. `adapted`: phi written from the prompt as
 in the paper. `another`: phi of another prompt. `closed`: the model does not see the text, and phi
 was written from it by four masks. "raw" is SmolLM2 as it came, with a mask.
