@@ -347,10 +347,9 @@ def base_checksum(backbone):
 # ---- Folders ------------------------------------------------------------------------------------
 
 def run_folders(folder):
-    """The folders in which a run writes: its own, its control's, and their adapters'."""
-    folder = Path(folder)
-    control = folder / "control"
-    return folder, folder / "adapter", control, control / "adapter"
+    """The folders in which a run and its control write."""
+    places = Path(folder), Path(folder) / "control"
+    return [place / name for place in places for name in ("", "adapter", "tensorboard")]
 
 
 def pick_folder(s):

@@ -50,15 +50,16 @@ from settings import (
     Parser, Settings, add_flags, control_settings, enough_memory, one_line, refuse,
     settings_from_flags,
 )
+from trackers import KINDS, open_tracker, pick_tracker
 
 
 # ---- The loop -----------------------------------------------------------------------------------
 
-def train(s, folder, resume, stop, processes):
+def train(s, folder, resume, stop, processes, log="none"):
     """Train one model into its folder. Returns the seconds it took.
 
-    resume: go on from the folder's checkpoint if it has one. stop: see `Stop`. Every process calls
-    this and works on its share; the first one also prints and writes.
+    resume: go on from the folder's checkpoint if it has one. stop: see `Stop`. log: a kind of
+    tracker. Every process calls this and works on its share; the first one also prints and writes.
     """
     with one_line():
         s, data, model, optimizer, start = prepare(s, folder, resume, processes)
@@ -68,7 +69,8 @@ def train(s, folder, resume, stop, processes):
         announce(s, folder, data, parameters, processes)
     wrapped = processes.wrap(model)
     began, stop.in_loop = time.perf_counter(), True
-    with one_line(OSError), make_bar(s.steps, start, first) as bar:
+    with one_line(OSError), open_tracker(log if first else "none", folder, s) as tracker, \
+            make_bar(s.steps, start, first) as bar:
         for step in range(start, s.steps):
             last = step == s.steps - 1
             report = step % s.log_every == 0 or last
@@ -89,9 +91,9 @@ def train(s, folder, resume, stop, processes):
             bar.update()
             if first and report:
                 seconds = time.perf_counter() - began
-                log_step(s, record, step, norm, seconds, folder, bar)
+                log_step(s, record, step, norm, seconds, folder, bar, tracker)
             if first:
-                show_progress(s, data, model, step, folder, bar)
+                show_progress(s, data, model, step, folder, bar, tracker)
             stopping = bool(processes.add_up(int(stop.signal is not None)))
             if first and ((step + 1) % s.save_every == 0 or last or stopping):
                 save_checkpoint(folder, model, optimizer, step + 1, processes.count)
@@ -377,9 +379,10 @@ def announce(s, folder, data, parameters, processes):
     sys.stdout.flush()
 
 
-def write_metrics(folder, values):
-    """Add a line to metrics.jsonl."""
+def write_metrics(folder, values, tracker):
+    """Add a line to metrics.jsonl, and send it to the run's tracker."""
     append_line(folder / "metrics.jsonl", json.dumps(values))
+    tracker.log(values)
 
 
 def make_bar(steps, start, first):
@@ -389,12 +392,12 @@ def make_bar(steps, start, first):
                 ncols=min(100, terminal_width()))
 
 
-def log_step(s, record, step, norm, seconds, folder, bar):
+def log_step(s, record, step, norm, seconds, folder, bar, tracker):
     """Write one line of metrics.jsonl, and show what matters of it."""
     values = {name: torch.as_tensor(value).tolist() for name, value in record.items()}
     lr = learning_rate(s, step)
     line = {"step": step, **values, "lr": lr, "grad_norm": norm.item(), "seconds": seconds}
-    write_metrics(folder, line)
+    write_metrics(folder, line, tracker)
     show_numbers(s, values, step, seconds, bar)
 
 
@@ -411,14 +414,14 @@ def show_numbers(s, values, step, seconds, bar):
         say(f"step {done} of {s.steps}: {shown}, {seconds:.0f} s")
 
 
-def show_progress(s, data, model, step, folder, bar):
+def show_progress(s, data, model, step, folder, bar, tracker):
     """Show a sample every --sample-every steps, and the held-out loss every --eval-every."""
     if s.sample_every and step % s.sample_every == s.sample_every - 1:
         bar.write(describe_sample(s, data, model, step + 1))
     if s.eval_every and (step % s.eval_every == s.eval_every - 1 or step == s.steps - 1):
         values = measure_held_out(s, data, model)
         held_out = {f"held_out_{name}": value for name, value in values.items()}
-        write_metrics(folder, {"step": step, **held_out})
+        write_metrics(folder, {"step": step, **held_out}, tracker)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
         bar.write(f"  held out after step {step + 1}: {shown}")
 
@@ -488,17 +491,20 @@ def main():
         help="go on with a run [default the latest]")
     add("--anyway", action="store_true",
         help="resume although code, data or PyTorch have changed since")
+    add("--log", choices=KINDS, help="also send the numbers to a tracker; a resumed run goes on "
+        "with the one that it has [default none]")
     add_flags(parser, Settings.__dataclass_fields__)
     given = vars(parser.parse_args())
     out, plan = given.pop("out"), given.pop("plan")
-    resume, anyway = given.pop("resume"), given.pop("anyway")
+    resume, anyway, log = (given.pop(name) for name in ("resume", "anyway", "log"))
     with one_line():
         if plan:
             return show_plan(settings_from_flags(given))
         if resume:
             s, folder = find_run_to_resume(resume, given, anyway)
+            log = pick_tracker(log, folder)
         else:
-            s = settings_from_flags(given)
+            s, log = settings_from_flags(given), pick_tracker(log)
     stop, processes, made = Stop(), Processes(), []
     with contextlib.ExitStack() as held:
         with one_line():
@@ -507,17 +513,17 @@ def main():
             if processes.is_first:  # the others write nothing
                 held.enter_context(hold_run(whole_run(folder), made))
         with enough_memory():
-            train_both(s, folder, resume, stop, processes)
+            train_both(s, folder, resume, stop, processes, log)
 
 
-def train_both(s, folder, resume, stop, processes):
+def train_both(s, folder, resume, stop, processes, log):
     """Train a run and its control, and show what came out."""
-    seconds = train(s, folder, resume, stop, processes)
+    seconds = train(s, folder, resume, stop, processes, log)
     with last_words(f"stopped; the run is saved in {folder}"):
         if s.memory and s.control:
             processes.say(fold("\nnow its control: the same data and seed, without memory, with "
                                "sight of the prompt"))
-            seconds += train(control_settings(s), folder / "control", resume, stop, processes)
+            seconds += train(control_settings(s), folder / "control", resume, stop, processes, log)
         if processes.is_first:
             finish(s, folder, seconds)
 

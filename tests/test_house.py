@@ -20,7 +20,7 @@ FLOORS = [
     {"toy", "backbones"},
     {"settings"},
     {"runs"},
-    {"compare", "pages"},
+    {"compare", "pages", "trackers"},
     {"train", "generate", "export"},
     {"paper"},
     {"evaluate", "bench"},
@@ -29,7 +29,8 @@ HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 # What takes seconds to import, or is not installed for everyone.
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "huggingface_hub", "lm_eval", "matplotlib",
-         "nltk", "peft", "safetensors", "tokenizers", "transformers"}
+         "nbclient", "nltk", "peft", "safetensors", "tensorboard", "tokenizers", "transformers",
+         "wandb"}
 
 
 def module_name(path):

@@ -31,6 +31,7 @@ from files import write_whole
 from runs import build
 from settings import Settings
 from test_cli import StopAfter, metrics, refused
+from test_trackers import sent_to, write_fake_wandb
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,29 +195,34 @@ def test_a_run_on_other_base_weights_is_refused(cli, here, models):
 def test_two_processes_are_one_process_with_twice_the_batch(cli, here, models, more):
     """Accelerate starts the processes, and each does its share of every step.
 
-    They exchange gradients once per step, and round at random in the same way.
+    They exchange gradients once per step, and round at random in the same way. The first alone
+    has a tracker.
     """
     flags = ["--model", str(models / "llada-moe"), "--load-4bit", *SMALL, "--per-sample",
              "--lora-dropout", "0", "--sample-every", "0", *more]
     assert cli(train, *flags, "--batch", "2", "--out", "one")[0] == 0
     (here / "compare_weights.py").write_text(TRAIN_AND_COMPARE)
+    server = write_fake_wandb(here / "server")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
               "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
               "--dynamo_backend", "no", "--main_process_port", "0", "compare_weights.py"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([*launch, *flags, "--batch", "1", "--out", "two"], cwd=here,
-                         capture_output=True, text=True, env=environment, timeout=300)
+                   "PYTHONPATH": f"{server}:{ROOT}"}
+    flags += ["--batch", "1", "--log", "wandb", "--out", "two"]
+    run = subprocess.run([*launch, *flags], cwd=here, capture_output=True, text=True,
+                         env=environment, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "4 steps of 4 samples, 2 processes" in run.stdout
     assert run.stdout.count("with LoRA") == 1
+    history = sent_to(server, here / "two")[2]
+    assert [*history] == list("0123") and len(list(server.glob("*.end.json"))) == 1
     if more:  # bfloat16: single roundings differ, and the difference grows
         for one, two in zip(metrics(here / "one"), metrics(here / "two"), strict=True):
             for key in ("loss", "ce", "ce_without", "held_out_ce"):
                 assert key not in one or one[key] == pytest.approx(two[key], rel=2e-3), key
     else:
         assert_same_run(here / "one", here / "two")
-    assert "trained by 2 processes" in refused(cli(train, "--resume", "two"))
+    assert "trained by 2 processes" in refused(cli(train, "--resume", "two", "--log", "none"))
 
 
 def test_rounding_is_alike_on_all_processes():
