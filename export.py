@@ -4,9 +4,10 @@
     python generate.py --model FOLDER --prompt "..."
     python train.py --model FOLDER                       train on, now with memory
 
-A LoRA is merged into the weights. The folder has config.json, the weights in safetensors, and the
-tokenizer with its chat template. A model that was trained left to right becomes one of type a2d-...
-there, with its mask, where its tokens look, and whether its logits are shifted.
+A LoRA is merged into the weights. The folder has config.json, the weights in safetensors, the
+tokenizer with its chat template, and a README.md that says what was trained and measured. A model
+that was trained left to right becomes one of type a2d-... there, with its mask, where its tokens
+look, and whether its logits are shifted.
 """
 from __future__ import annotations
 
@@ -19,9 +20,10 @@ from pathlib import Path
 
 from backbones.checkpoint import hub_weights, load_backbone, write_shards
 from backbones.families import read_raw
+from cards import write_model_card
 from console import say
 from files import write_json
-from runs import open_run, read_settings
+from runs import open_run, read_checkpoint, read_settings
 from settings import Parser, one_line
 
 SHARD = 4 << 30  # bytes in a file of weights, about
@@ -53,6 +55,8 @@ def export(run, folder):
     size = sum(weight.numel() * weight.element_size() for weight in weights.values())
     write_shards(weights, folder, math.ceil(size / SHARD))
     stored = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    _, state = read_checkpoint(Path(run) / "model.safetensors")
+    write_model_card(s, Path(run), folder, state["step"], state["processes"])
     # config.json comes last: with it the folder is a model.
     write_json(folder / "config.json", describe(backbone.config, read_raw(s.model)[0], stored),
                indent=2)

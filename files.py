@@ -32,6 +32,7 @@ MODEL_FILES = [
 ]
 # The names of files that are being written: ours, and those of safetensors.
 UNFINISHED = re.compile(r"[0-9a-f]{16}\.tmp|\.tmp[0-9A-Za-z]{6}")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 MOST_JSON = 1 << 24     # bytes of a JSON file that are read
 MOST_TENSORS = 50_000   # of a model: LLaDA2.0-flash, with 100 billion weights, has 25,000
@@ -312,7 +313,7 @@ def fetch_from_hub(name, kind, wanted, instead):
     kind: model or dataset. wanted: patterns of file names. ValueError says what to give `instead`.
     It comes at once: the hub's client would try again for minutes.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+    if not HUB_ID.fullmatch(name):
         raise ValueError(f"there is no {kind} {name!r} here; give {instead}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError

@@ -5,7 +5,7 @@ A run's folder holds
     settings.json        all settings; with it the folder is a run
     origin.json          checksums of the code and of a data file, and versions
     model.safetensors    what was trained, the moments of AdamW, and the step
-    adapter/             of a real model with a LoRA: the same LoRA in PEFT's format
+    adapter/             of a real model with a LoRA: the same LoRA in PEFT's format, with a card
     metrics.jsonl, ...   what train.py and evaluate.py add
     lock                 while the run is trained: the process that trains it
 

@@ -202,6 +202,46 @@ def settings_from_flags(given):
     return Settings(**{"closed_book": closed, **values})
 
 
+def flags_between(base, s, names=None):
+    """The flags, as words of a command line, that turn the settings `base` into s.
+
+    names: of the settings that count, all if None.
+    """
+    words = []
+    for f in fields(Settings):
+        value = getattr(s, f.name)
+        if value == getattr(base, f.name) or (names is not None and f.name not in names):
+            continue
+        flag = f.name.replace("_", "-")
+        if f.type == "bool":
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif str(value)[:1] in ("", "-"):  # by itself it would be taken for a flag
+            words.append(f"--{flag}={value}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
+def command_of(s):
+    """The flags of train.py that make these settings, and no more than are needed.
+
+    The number of steps is left out where it follows from --epochs.
+    """
+    plain = Settings(data=REAL["data"] if s.model != "toy" else Settings.data)
+    first = {name: getattr(s, name) for name in ("model", "data")}
+    usual = settings_from_flags(first)
+    # The recipes ask for these two as well.
+    more = {name: getattr(s, name) for name in ("memory", "memory_from")
+            if getattr(s, name) != getattr(usual, name)}
+    base = settings_from_flags(first | more)
+    if s.epochs:
+        base = replace(base, steps=s.steps)
+    elif s.steps != base.steps:
+        base = replace(base, epochs=0.0)  # --steps turns it off
+    return [*flags_between(plain, s, first), *flags_between(usual, s, more),
+            *flags_between(base, s)]
+
+
 def control_settings(s):
     """The run to compare with: same data, seed and steps, no memory, and sight of the prompt.
 

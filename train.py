@@ -36,6 +36,7 @@ import torch
 from tqdm import tqdm
 
 import memdlm
+from cards import write_adapter_card
 from compare import draw_losses, print_comparison
 from console import (
     catch_signals, end_work, fold, format_answers, last_words, say, show_end, terminal_width,
@@ -97,6 +98,8 @@ def train(s, folder, resume, stop, processes, log="none"):
             stopping = bool(processes.add_up(int(stop.signal is not None)))
             if first and ((step + 1) % s.save_every == 0 or last or stopping):
                 save_checkpoint(folder, model, optimizer, step + 1, processes.count)
+                if model.backbone.has_lora:
+                    write_adapter_card(s, folder, step + 1, processes.count)
             if stopping:
                 bar.close()
                 leave(folder, step, stop, first)

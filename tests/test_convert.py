@@ -245,6 +245,9 @@ def test_a_run_becomes_a_checkpoint_that_computes_the_same(tmp_path, monkeypatch
     export.export("run", "written")
     assert {path.name for path in Path("written").iterdir()} >= {
         "config.json", "tokenizer.json", "model.safetensors.index.json"}
+    card = Path("written/README.md").read_text()
+    assert "| steps | 3 of 3, 2 samples each |" in card and "train.py --model model" in card
+    assert ("merged into them" in card) == ("--no-lora" not in flags)
     _, data, model = open_run("run", with_data=False)
     written = load_backbone("written", device="cpu")  # no flag says what the run's flags said
     assert not written.config.left_to_right and written.config.family == "a2d-qwen3"

@@ -20,7 +20,7 @@ FLOORS = [
     {"toy", "backbones"},
     {"settings"},
     {"runs"},
-    {"compare", "pages", "trackers"},
+    {"compare", "pages", "cards", "trackers"},
     {"train", "generate", "export"},
     {"paper"},
     {"evaluate", "bench"},

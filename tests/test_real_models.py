@@ -4,6 +4,8 @@ All on tiny checkpoints.
 """
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -80,6 +82,8 @@ def test_a_real_model_is_trained_saved_reloaded_and_adapted(cli, here, models, n
     adapter = load_file(folder / "adapter/adapter_model.safetensors")
     assert all("lora_" in key for key in saved)
     assert any(p.any() for key, p in adapter.items() if "lora_B" in key)
+    assert file_names(folder / "adapter") == {
+        "adapter_config.json", "adapter_model.safetensors", "base.json", "README.md"}
 
     # The run answers two prompts of different lengths in one batch.
     ask = ["--adapt", "--prompt", "What comes after 3?", "--prompt", "Hi", "--length", "12"]
@@ -88,8 +92,12 @@ def test_a_real_model_is_trained_saved_reloaded_and_adapted(cli, here, models, n
     assert out.count("with memory of the prompt:") == out.count("without memory:") == 2
     # The checkpoint with the run's adapter beside its weights gives the same answers.
     model = ["--model", models / name, "--from-adapter", folder / "adapter"]
-    code, live, _ = cli(generate, *model, "--load-4bit", "--rank", "4", "--alpha", "8", *ask)
+    card = (folder / "adapter/README.md").read_text()
+    told = shlex.split(re.search("python generate.py (.*) --prompt", card)[1])
+    told[told.index("ADAPTER")] = folder / "adapter"
+    code, live, _ = cli(generate, *told, *ask)
     assert code == 0 and live.splitlines()[1:] == out.splitlines()[1:]
+    assert f"without phi | {held_out[-1]['held_out_ce_without']:.4f} (nats" in card
     assert cli(generate, *model, "--merge", *ask)[0] == 0
     code, out, _ = cli(evaluate, folder, "--samples", "2")
     assert code == 0 and "another prompt" in out
