@@ -10,9 +10,7 @@
     python generate.py --model inclusionAI/LLaDA2.1-mini --load-4bit --adapt --prompt "..."
 
 --adapt writes the prompt into fast weights first (section 4.5) and shows the answer without this
-memory beside it. The same prompt always gives the same memory. Without a run of your own, the toy
-that comes with the repository answers. A run is decoded with the settings that it was trained with;
-the flags of the inner loop change them.
+memory beside it. Without a run of your own, the toy that comes with the repository answers.
 """
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import re
 import sys
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 
@@ -299,7 +300,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, first=(), **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter,
+        # So far right that --memory and --no-memory stand on one line with what they do.
+        form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=26)
+        super().__init__(formatter_class=form,
                          usage="%(prog)s [FLAGS]", allow_abbrev=False, add_help=False, **options)
         self.first = [*first, "--help-all"] if first else []
         show = dict(action=ShowHelp, nargs=0, dest=argparse.SUPPRESS)
@@ -308,7 +311,10 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--help-all", **show, help="show all flags, in groups, and stop")
 
     def format_first_help(self):
-        """The description, and the flags in `first` in that order, without a recipe's defaults."""
+        """The description, and the flags in `first` in that order, without a recipe's defaults.
+
+        A flag that is off has no --no- here.
+        """
         actions = {name: action for action in self._actions
                    for name in action.option_strings or [action.dest]}
         formatter = self._get_formatter()
@@ -316,7 +322,9 @@ class Parser(argparse.ArgumentParser):
         formatter.start_section("the flags to begin with")
         for name in self.first:
             action = copy(actions[name])
-            action.help = re.sub(r" \[[^\]]*;[^\]]*\]$", "", action.help)
+            action.help = re.sub(r" \[([^\]]*;[^\]]*|default (True|False))\]$", "", action.help)
+            if not getattr(Settings, action.dest, True):
+                action.option_strings = action.option_strings[:1]
             formatter.add_argument(action)
         formatter.end_section()
         return formatter.format_help()

@@ -6,13 +6,11 @@
     python train.py --data my.jsonl          your own {"prompt": ..., "response": ...} lines
     python train.py --no-memory              the baseline: the same without an inner loop
     python train.py --resume                 go on where the latest run stopped, exactly
-    python train.py --model inclusionAI/LLaDA-MoE-7B-A1B-Base --load-4bit
-                                             a real model, on one GPU
+    python train.py --model ID --load-4bit   a real model of the hub, on one GPU
     accelerate launch train.py --model ...   the same on several
 
-Every run leaves a folder: settings.json, origin.json (checksums of code and data),
-model.safetensors (what was trained, and the optimiser), metrics.jsonl, loss.png, and for a real
-model adapter/, the LoRA in PEFT's format.
+Every run leaves a folder with its settings, checksums of code and data, weights, metrics and
+pictures, and for a real model adapter/, the LoRA in PEFT's format.
 """
 from __future__ import annotations
 

@@ -145,3 +145,23 @@ def test_a_difference_says_what_ours_does(path):
 def test_the_readme_fits_one_reading():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 200 and len(text.split()) <= 1500
+
+
+def test_the_questions_are_asked_as_people_ask_and_answered_shortly():
+    text = (ROOT / "FAQ.md").read_text()
+    assert max(map(len, text.splitlines())) <= 100
+    for part in re.split(r"^### ", text, flags=re.M)[1:]:
+        question, _, answer = part.partition("\n")
+        words = re.sub(r"^(```.*?^```|## .*?|\|.*?)$", "", answer, flags=re.S | re.M).split()
+        assert question[-1] in "?." and 15 <= len(words) <= 150, question
+
+
+def test_the_refusals_that_are_explained_are_those_of_the_code():
+    table = re.search(r"\| the line says.*?\n\n", (ROOT / "FAQ.md").read_text(), re.S)[0]
+    lines = "".join(path.read_text() for path in SOURCES).replace('"\n', "").splitlines()
+    code = re.sub(r'"? *f?"', "", " ".join(" ".join(lines).split()))
+    phrases = re.findall(r"^\| `(.+?)` \|", table, re.M)
+    assert len(phrases) >= 5
+    for phrase in phrases:
+        for part in re.split(r" N | \.\.\. ?|line 7: \.\.\.", phrase):
+            assert part in code, phrase
