@@ -17,6 +17,8 @@ commands had names go on working.
 from __future__ import annotations
 
 if __name__ == "__main__":  # first of all: a Ctrl-C may come while torch is imported
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback, until `begin` takes it
     import console
     console.begin()
 

@@ -15,6 +15,8 @@ pictures, and for a real model adapter/, the LoRA in PEFT's format.
 from __future__ import annotations
 
 if __name__ == "__main__":  # first of all: a Ctrl-C may come while torch is imported
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback, until `begin` takes it
     import console
     console.begin(goes_on=True)
 

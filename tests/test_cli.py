@@ -626,6 +626,16 @@ def test_a_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
         assert (run.returncode, run.stderr.strip(), run.stdout) == (130, "stopped", "")
 
 
+@pytest.mark.parametrize("script", ["train", "generate", "evaluate", "bench", "export"])
+def test_a_ctrl_c_before_our_handlers_are_there_leaves_no_traceback(tmp_path, script):
+    """A false textwrap, which console imports, sends it."""
+    send = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "textwrap.py").write_text(send)
+    run = subprocess.run([sys.executable, ROOT / f"{script}.py"], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (run.returncode, run.stderr, run.stdout) == (-signal.SIGINT, "", "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_save_within_training(cli, tmp_path, monkeypatch, handlers, number):
     send = lambda s, data, model, step, *rest: step == 3 and os.kill(os.getpid(), number)
