@@ -30,7 +30,7 @@ def test_the_notebook_is_short_and_clean():
     assert kinds == {("stream", "stdout"), ("display_data", None)}
     for cell in CELLS:
         assert max(map(len, "".join(cell["source"]).splitlines())) <= 100
-        if cell["cell_type"] == "markdown":  # what is told comes before what is computed
+        if cell["cell_type"] == "markdown":  # every formula has its end
             assert "$" not in re.sub(r"\$\$.+?\$\$|\$[^$]+\$", "", "".join(cell["source"]),
                                      flags=re.S)
 
