@@ -78,9 +78,10 @@ def head_fields(s, kind):
 
 def describe_run(s, folder, step, processes):
     """The part of a card that both kinds have: what was trained on what, and what came out."""
-    memory = f"memory (phi written from the {s.memory_from})" if s.memory else "no memory"
+    method = (f"MemDLM, arXiv 2603.22241, phi written from the {s.memory_from}" if s.memory
+              else "plain masked diffusion (MDLM), without memory")
     rows = [("base model", code(s.model)), ("data", code(s.data)),
-            ("method", f"MemDLM, arXiv 2603.22241: {memory}"),
+            ("method", method),
             ("steps", f"{step} of {s.steps}, {s.batch * s.accumulate * processes} samples each"),
             ("seed", s.seed), *measured(s, folder), ("versions", versions(s))]
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
@@ -159,11 +160,14 @@ def load_adapter_text(s):
     snippet = ("from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
                f"base = AutoModelForCausalLM.from_pretrained({name}, trust_remote_code=True)\n"
                'model = PeftModel.from_pretrained(base, "ADAPTER")')
+    sight = smollm2.is_meant(s.model) or s.shift or s.attention != "auto"
     return ["ADAPTER is this folder, or its id on the hub.",
             command_block([*words, "--prompt", "..."]),
             "With PEFT, on the base as the transformers library loads it. Take the class that the "
-            "base's own card names, with the head for tokens:",
-            code_block("python", snippet)]
+            "base's own card names, with the head for tokens. This may run code of the base:",
+            code_block("python", snippet),
+            "There the base looks left only, if it was trained so. With the command above it "
+            "computes what it did in training." if sight else ""]
 
 
 def write_model_card(s, run, folder, step, processes=1):

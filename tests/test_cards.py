@@ -75,7 +75,8 @@ def test_numbers_are_those_that_were_measured(tmp_path):
     assert "| held-out loss | not measured" in rest and "compares with nothing" not in rest
     _, _, rest = write_card(tmp_path, s, {"step": 3, "held_out_ce": 1.5})
     assert "| held-out loss | 1.5000 (" in rest and "without phi |" not in rest
-    assert "--adapt" not in rest and measured(s, tmp_path / "nowhere")[0][1].startswith("not")
+    assert "--adapt" not in rest and "without memory |" in rest
+    assert measured(s, tmp_path / "nowhere")[0][1].startswith("not")
 
 
 EVIL = "a/b\n---\nlicense: mit\n`````\n| x | y |\n# T \x1b[2J '\"$(x) <script>: {}"
@@ -113,6 +114,8 @@ def test_a_folder_is_no_base_model_of_the_hub(tmp_path, monkeypatch):
     assert (head["base_model"], head["datasets"]) == ("me/other", ["me/set"])
     head = write_card(tmp_path, Settings(model="smollm2"))[1]
     assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    for s, told in ((Settings(model="smollm2"), True), (Settings(model=REAL), False)):
+        assert ("the base looks left only" in write_card(tmp_path, s)[2]) == told
 
 
 def test_an_adapter_on_a_merged_base_names_its_run(tmp_path):
