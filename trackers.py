@@ -102,11 +102,10 @@ def flatten(values):
 # ---- TensorBoard --------------------------------------------------------------------------------
 
 def open_tensorboard(folder, s):
-    """New event files in the run's folder. They replace those that a resumed run has."""
+    """New event files in the run's folder. They take the place of those that it has already."""
     from accelerate.tracking import TensorBoardTracker
-    for path in (folder / "tensorboard").glob("events.out.tfevents.*"):
-        path.unlink()
-    # purge_step: a TensorBoard that is looking forgets what it read from the old files.
+    # purge_step: TensorBoard forgets what it read of older files. These must stay: one that is
+    # looking finds the new files only from there.
     tracker = TensorBoardTracker("tensorboard", folder, purge_step=0)
     tracker.start()
     # Accelerate's own way writes these into two more folders, which look like runs.
