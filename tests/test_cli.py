@@ -77,7 +77,7 @@ def test_a_run_leaves_its_folder_and_prints_the_panel(cli, tmp_path):
     assert code == 0
     assert {path.name for path in folder.iterdir()} == {
         "settings.json", "origin.json", "model.safetensors", "metrics.jsonl", "loss.png",
-        "panel.png", "control"}
+        "panel.png", "panel.json", "control"}
     assert [line["step"] for line in metrics(folder)] == list(range(6))
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["trajectory"] == "cover:4" and settings["steps"] == 6

@@ -1,27 +1,35 @@
 """The pages and the animation of pages.py, and what memory.py measures for them."""
 import html
+import json
 import re
 import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
+import compare
+import evaluate
 import generate
 import memdlm
 import memory
+import train
 from colors import COLORS, color_of
 from data import collate
 from pages import (
     END, NARROW, Denoising, Panel, Part, Piece, Report, draw_panel, make_panel, split_name,
     write_animation, write_inspection, write_page,
 )
+from paper import pictures, report
 from runs import TRAINED_TOY, build, open_run
 from settings import Settings
 
+ROOT = Path(__file__).parent.parent
 EVIL = "<script>bad()</script>&\"'\x1b[2J"
 
 
@@ -103,10 +111,10 @@ def test_the_animation_and_the_page_draw_the_same(tmp_path):
 
 def test_no_text_becomes_a_tag_and_nothing_is_fetched(tmp_path):
     parts = [Part(EVIL, "b", EVIL, False)]
-    report = Report("About.", "The prompt", [(EVIL, False)], {EVIL: 1.0}, {EVIL: 2.0},
+    page = Report("About.", "The prompt", [(EVIL, False)], {EVIL: 1.0}, {EVIL: 2.0},
                     [(EVIL, 2.0, 1.0, 1)], [parts], True)
     write_page(tmp_path / "a.html", [make_denoising(texts=(EVIL, EVIL))])
-    write_inspection(tmp_path / "b.html", [report])
+    write_inspection(tmp_path / "b.html", [page])
     for name, scripts in (("a.html", 1), ("b.html", 0)):
         text = (tmp_path / name).read_text()
         page = Page(text)
@@ -305,3 +313,74 @@ def test_the_pages_fit_a_phone(tmp_path):
                 ".join()")
         want = "0:1,0:2" if name == "o.html" else "0:0,0:0"
         assert see(tmp_path, look, "--window-size=1400,900", name="frames.html") == want, name
+
+
+# ---- Pictures -----------------------------------------------------------------------------------
+
+def test_every_picture_of_the_readmes_is_drawn_again_from_stored_numbers(tmp_path, cli):
+    pytest.importorskip("matplotlib")
+    named = {name for page in ("README.md", "results/README.md", "results/conversion.md")
+             for name in re.findall(r"!\[[^]]*\]\((?:results/)?(.*?)\)", (ROOT / page).read_text())}
+    assert cli(evaluate, "pictures", "--out", tmp_path / "new")[0] == 0
+    made = {path.name for path in (tmp_path / "new").iterdir()}
+    assert named <= made and {path.name for path in ROOT.glob("results/*.png")} <= made
+    assert (tmp_path / "new/denoising.svg").read_bytes() == (
+        ROOT / "results/denoising.svg").read_bytes()
+
+
+def test_a_stored_comparison_shows_the_numbers_of_the_table():
+    """Changes follow from the runs' means. By hand: 1 - 3 and 2 - 5 are -2.5 +- 0.5."""
+    bars = []
+    ax = SimpleNamespace(bar=lambda x, means, width, yerr, **rest: bars.append(
+        (means, yerr, rest["color"])))
+    rows = [{"phi": "nothing (theta alone)", "column": "32", "mean": 4.0, "standard_error": 1.0,
+             "per_run": [3.0, 5.0]},
+            {"phi": "its prompt, cover:4, eta 0.3", "column": "32", "mean": 1.5,
+             "standard_error": 0.5, "per_run": [1.0, 2.0]}]
+    compare.draw_bars(ax, rows, ["32"], False)
+    compare.draw_bars(ax, rows, ["32"], True)
+    compare.draw_bars(ax, [rows[0] | {"shown": [7.0, 0.1]}], ["32"], True)
+    blue, grey = color_of(rows[1]["phi"]), color_of(rows[0]["phi"])
+    assert bars == [((-2.5,), (pytest.approx(0.5),), blue), ((4.0,), (1.0,), grey),
+                    ((1.5,), (0.5,), blue), ((7.0,), (0.1,), grey)]
+    assert grey == color_of("MDLM") != blue
+
+
+def test_no_label_of_the_frontier_covers_another():
+    plt = compare.pyplot()
+    if plt is None:
+        pytest.skip("no matplotlib")
+    results = {"base": [{"in alone": 0.6}]} | {
+        run: [{"nats alone": 4 + 0.01 * i, "in alone": 0.5 + 0.001 * i}]
+        for runs in report.FRONTIER.values() for i, (run, _, _) in enumerate(runs[:4])}
+    figure = report.draw_frontier(plt, results, None)
+    for ax in figure.axes:
+        boxes = [label.get_window_extent() for label in ax.texts if label.get_text() != "base"]
+        assert len(boxes) >= 4
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    plt.close(figure)
+
+
+def test_the_pictures_of_a_run_are_drawn_from_its_numbers(cli, tmp_path):
+    pytest.importorskip("matplotlib")
+    flags = ["--model", "toy", "--width", "8", "--heads", "2", "--layers", "1", "--steps", "2",
+             "--batch", "2", "--table-samples", "2", "--no-control", "--out", tmp_path / "r"]
+    assert cli(train, *flags)[0] == 0
+    whole = json.loads((tmp_path / "r/panel.json").read_text())
+    assert whole["groups"][0]["rows"][0]["shown"][0] == whole["groups"][0]["rows"][0]["mean"]
+    code, out, err = cli(evaluate, "pictures", tmp_path / "r", "--out", tmp_path / "n")
+    assert code == 0 and {path.name for path in (tmp_path / "n").iterdir()} == {
+        "loss.png", "panel.png"}, err
+    code, _, err = cli(evaluate, "pictures", tmp_path)
+    assert code == 2 and "settings.json" in err
+
+
+@pytest.mark.slow
+def test_the_stored_denoising_is_what_the_page_without_input_shows():
+    stored = pictures.read_denoising(ROOT / "results/denoising.json")
+    made = pictures.make_denoising()
+    assert [tuple(part) for part in stored.prompt] == made["prompt"]
+    for panel, own in zip(stored.panels, made["panels"], strict=True):
+        assert panel.title == own["title"]
+        assert json.loads(json.dumps(own["pieces"])) == [
+            piece._asdict() for piece in panel.pieces]
