@@ -317,6 +317,7 @@ def test_the_pages_fit_a_phone(tmp_path):
 
 # ---- Pictures -----------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_every_picture_of_the_readmes_is_drawn_again_from_stored_numbers(tmp_path, cli):
     pytest.importorskip("matplotlib")
     named = {name for page in ("README.md", "results/README.md", "results/conversion.md")
