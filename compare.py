@@ -31,9 +31,10 @@ import torch
 from tqdm import tqdm
 
 import memdlm
+from colors import color_of
 from console import fold, format_grid, printable, say, sign, terminal_width
 from data import mark_response
-from files import write_json, write_whole
+from files import read_json, write_json, write_whole
 from runs import open_run, read_metrics, read_settings
 from settings import Settings, control_settings
 
@@ -277,11 +278,12 @@ def print_comparison(folders, samples=100, changes=None, save_to=None, picture=N
     """
     data, experiments = compare_runs(folders, samples, changes)
     say(f"\n{format_table(data, experiments)}\n\n{fold(state_findings(data, experiments))}\n")
+    numbers = gather_numbers(data, experiments, samples)
     if save_to:
-        save_numbers(save_to, data, experiments, samples)
+        write_json(save_to, numbers, indent=1)
         say(f"numbers in {save_to}")
     if picture:
-        draw_comparison(data, experiments, picture)
+        draw_numbers(numbers, picture)
 
 
 def format_table(data, experiments):
@@ -291,7 +293,7 @@ def format_table(data, experiments):
     else:
         what = "nats per masked answer token; below the first row: the change, less is better"
     chance = "; chance .025" if data.kind == "dictionary" else ""
-    parts = [fold(f"{data.kind}: {what}. Columns: {explain_columns(data)}{chance}")]
+    parts = [fold(f"{data.kind}: {what}. Columns: {explain_columns(data.kind)}{chance}")]
     for experiment in experiments:
         rows = [("  phi written from", list(data.columns))]
         for label in row_labels(experiment):
@@ -349,11 +351,11 @@ def name_of(s):
     return f"{method}, {'closed book' if s.closed_book else 'sees the prompt'}"
 
 
-def explain_columns(data):
+def explain_columns(kind):
     """What the columns of a table are."""
-    if data.kind == "dictionary":
+    if kind == "dictionary":
         return "prompt tokens x times each pair is stated"
-    return "task and prompt tokens" if data.kind == "retrieval" else "prompt tokens"
+    return "task and prompt tokens" if kind == "retrieval" else "prompt tokens"
 
 
 def explain_errors(experiment):
@@ -363,20 +365,24 @@ def explain_errors(experiment):
     return f"{experiment.s.steps} steps; {seeds}, {sign('error')} standard error over {over}"
 
 
-def save_numbers(path, data, experiments, samples):
-    """Write every cell, with its mean in each run, as JSON."""
+def gather_numbers(data, experiments, samples):
+    """Every cell with its mean in each run, as plain values: what is stored and drawn.
+
+    `shown` is what the table shows, with its standard error: in nats the paired change.
+    """
     groups = []
     for experiment in experiments:
+        shown = {label: dict(zip(data.columns, compute_cells(data, experiment, label)))
+                 for label in row_labels(experiment)}
         rows = []
         for (label, column), values in experiment.values.items():
             mean, error = mean_and_error(values)
             rows.append({"phi": label, "column": column, "mean": mean, "standard_error": error,
-                         "per_run": values.mean(1).tolist()})
+                         "per_run": values.mean(1).tolist(), "shown": shown[label][column]})
         groups.append({"run": name_of(experiment.s), "settings": asdict(experiment.s),
                        "rows": rows})
-    whole = {"data": data.kind, "metric": data.metric, "samples": samples,
-             "torch": torch.__version__, "groups": groups}
-    write_json(path, whole, indent=1)
+    return {"data": data.kind, "metric": data.metric, "samples": samples,
+            "torch": torch.__version__, "groups": groups}
 
 
 # ---- Findings -----------------------------------------------------------------------------------
@@ -461,7 +467,8 @@ def measure_exposure(folder, samples):
         losses = memdlm.exposure_bias(model.backbone, row.s, batch.x0, batch.maskable, batch.valid,
                                       batch.seeds, RATIOS, phi)
         curve = {name: loss.mean(1).tolist() for name, loss in losses.items()}
-        curve["color"] = color_of(s.memory, row.source)
+        ways = {"alone": ("MDLM", "train-only"), "own": ("MDLM, adapted", "train & inference")}
+        curve["color"] = color_of(ways[row.role][s.memory])
         curves[f"{folder}: {row.label}"] = curve
     return curves
 
@@ -475,21 +482,6 @@ def divide(numbers, by):
 
 
 # ---- Pictures -----------------------------------------------------------------------------------
-
-# The same thing has the same colour in every picture. The colour-blind can tell them apart too.
-COLORS = {"MDLM": "#8C8C8C", "MDLM, adapted": "#000000", "train-only": "#E69F00",
-          "train & inference": "#0072B2", "another prompt": "#56B4E9", "answers": "#CC79A7"}
-
-
-def color_of(memory, source):
-    """The colour of a model by whether it was trained with memory and what phi is written from."""
-    if source == "another":
-        return COLORS["another prompt"]
-    if source == "answers":
-        return COLORS["answers"]
-    alone, adapted = ("train-only", "train & inference") if memory else ("MDLM", "MDLM, adapted")
-    return COLORS[alone if source == "nothing" else adapted]
-
 
 def pyplot():
     """Import matplotlib.pyplot in the style of our pictures.
@@ -522,7 +514,7 @@ def save_picture(figure, path):
     return path
 
 
-def draw_losses(folder):
+def draw_losses(folder, path=None):
     """Draw loss.png of a run: cross-entropy per masked token, with memory and without."""
     plt = pyplot()
     if plt is None:
@@ -531,21 +523,24 @@ def draw_losses(folder):
     if not lines:
         return
     if not any("inner" in line for line in lines):
-        label, color = "no memory", COLORS["MDLM"]
+        label = "no memory"
     elif read_settings(folder).memory_from == "prompt":
-        label, color = "with memory of the prompt", COLORS["train & inference"]
+        label = "with memory of the prompt"
     else:
-        label, color = "with memory (phi has seen these answers)", COLORS["answers"]
+        label = "with memory (phi has seen these answers)"
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    draw_loss(axes, lines, "ce", label, color)
-    draw_loss(axes, lines, "ce_without", "without memory (theta alone)", COLORS["train-only"])
-    axes.set(xlabel="step", ylabel="nats per masked token", ylim=(0, None))
+    draw_loss(axes, lines, "ce", label)
+    draw_loss(axes, lines, "ce_without", "without memory (theta alone)")
+    axes.set(xlabel="step", ylabel="nats per masked token")
+    axes.margins(x=0.02)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
-    save_picture(figure, folder / "loss.png")
+    save_picture(figure, path or folder / "loss.png")
 
 
-def draw_loss(axes, lines, key, label, color):
+def draw_loss(axes, lines, key, label):
     """Draw one loss of metrics.jsonl, and its held-out values where there are some."""
+    color = color_of(label)
     trained = [(line["step"], line[key]) for line in lines if key in line]
     key = "held_out_" + key
     held_out = [(line["step"], line[key]) for line in lines if key in line]
@@ -557,46 +552,67 @@ def draw_loss(axes, lines, key, label, color):
                   label=label + ", held out")
 
 
-def draw_comparison(data, experiments, path):
-    """Draw the table as bars with standard errors, a chart per experiment."""
+def draw_stored(path, out):
+    """Draw a comparison from its file of numbers."""
+    draw_numbers(read_json(Path(path), finite=False), out)
+
+
+def draw_numbers(numbers, path):
+    """Draw a comparison as bars with standard errors, a chart per experiment.
+
+    numbers: what `gather_numbers` returns.
+    """
     plt = pyplot()
     if plt is None:
         return
-    figure, axes = plt.subplots(1, len(experiments), figsize=(6.5 * len(experiments), 4.4),
+    groups, is_share = numbers["groups"], numbers["metric"] == "accuracy"
+    figure, axes = plt.subplots(1, len(groups), figsize=(6.5 * len(groups), 4.4),
                                 layout="constrained", squeeze=False, sharey=True)
-    for experiment, ax in zip(experiments, axes[0]):
-        draw_bars(ax, data, experiment)
-        ax.set_title(name_of(experiment.s), fontsize=10)
-        ax.set_xticks(range(len(data.columns)), list(data.columns))
-        ax.set_ylabel("share of answers right" if data.metric == "accuracy"
-                      else "change in nats per token (less is better)")
-        ax.set_xlabel(explain_columns(data))
+    for group, ax in zip(groups, axes[0]):
+        columns = list(dict.fromkeys(row["column"] for row in group["rows"]))
+        draw_bars(ax, group["rows"], columns, is_share)
+        ax.set_title(group["run"], fontsize=10)
+        ax.set_xticks(range(len(columns)), columns)
+        ax.set_xlabel(explain_columns(numbers["data"]))
         ax.legend(fontsize=8, title="phi written from", title_fontsize=8, ncol=2,
                   loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    if data.metric == "accuracy":
+    axes[0][0].set_ylabel("share of answers right" if is_share
+                          else "change in nats per token (less is better)")
+    if is_share:
         axes[0][0].set_ylim(0, 1.05)
+    else:
+        for ax in axes[0]:
+            ax.axhline(0, color="#222222", linewidth=0.8)
     say(f"picture in {save_picture(figure, path)}")
 
 
-def draw_bars(ax, data, experiment):
-    """Draw a bar per row in each column. Rows that the findings do not mention are paler."""
-    labels = row_labels(experiment)
-    if data.metric == "nats":
-        labels = labels[1:]  # the others are differences from the first row
+def draw_bars(ax, rows, columns, is_share):
+    """Draw a bar per row of the table in each column. In nats the first row is what they change."""
+    labels = list(dict.fromkeys(row["phi"] for row in rows))
+    cells = {(row["phi"], row["column"]): row for row in rows}
+    alone = {column: cells[labels[0], column] for column in columns}
+    labels = labels if is_share else labels[1:]
     width = 0.8 / len(labels)
     for i, label in enumerate(labels):
-        means, errors = zip(*compute_cells(data, experiment, label))
+        shown = [shown_cell(cells[label, column], None if is_share else alone[column])
+                 for column in columns]
+        means, errors = zip(*shown)
         shift = (i - (len(labels) - 1) / 2) * width
         ax.bar([column + shift for column in range(len(means))], means, width, yerr=errors,
-               label=label, color=bar_color(experiment.s.memory, label),
-               alpha=1 if label in experiment.roles.values() else 0.45,
-               error_kw={"linewidth": 0.8})
+               label=label, color=color_of(label), error_kw={"linewidth": 0.8})
 
 
-def bar_color(memory, label):
-    """The colour of a row: the first word of its label says what phi is written from."""
-    sources = {"nothing": "nothing", "its": "prompt", "another": "another", "the": "answers"}
-    return color_of(memory, sources[label.split()[0]])
+def shown_cell(row, alone):
+    """(mean, standard error) of a cell; its change from theta alone, if that is given.
+
+    Older files have the means of the runs alone, from which the same follows for several runs.
+    """
+    if "shown" in row:
+        return row["shown"]
+    if alone is None:
+        return row["mean"], row["standard_error"]
+    change = [own - other for own, other in zip(row["per_run"], alone["per_run"])]
+    return mean_and_error(torch.tensor(change, dtype=torch.float64)[:, None])
 
 
 def draw_exposure(curves, out):

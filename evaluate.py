@@ -9,6 +9,7 @@
     python evaluate.py claims                 every claim of the paper on the toy, with verdicts
     python evaluate.py conversion             six ways from left to right to diffusion, compared
     python evaluate.py pretrained             the paper's claims on a pretrained base
+    python evaluate.py pictures               draw every picture again from its stored numbers
     python evaluate.py lm_eval ...            lm-evaluation-harness's own command line
 
 `python evaluate.py COMMAND --help` says what each takes. Command lines from the time before the
@@ -178,6 +179,20 @@ def pretrained(arguments, changes):
     run_pretrained(arguments.seeds or SEEDS)
 
 
+# ---- pictures -----------------------------------------------------------------------------------
+
+def add_pictures_flags(parser):
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, help="run folders [default the pictures of results/]")
+    add("--out", type=Path, metavar="FOLDER", help="[default where the numbers lie]")
+
+
+def pictures(arguments, changes):
+    """Draw pictures again from the numbers that are stored beside them. Nothing is measured."""
+    from paper.pictures import draw_pictures
+    draw_pictures(arguments.runs and list_runs(arguments), arguments.out)
+
+
 # ---- The door -----------------------------------------------------------------------------------
 
 # name -> what runs the command, what adds its flags. What runs it takes the parsed arguments, and
@@ -186,7 +201,8 @@ COMMANDS = {"compare": (compare, add_compare_flags), "exposure": (exposure, add_
             "tasks": (tasks, add_tasks_flags), "paper": (paper, add_paper_flags),
             "claims": (claims, add_claims_flags),
             "conversion": (conversion, add_conversion_flags),
-            "pretrained": (pretrained, add_pretrained_flags)}
+            "pretrained": (pretrained, add_pretrained_flags),
+            "pictures": (pictures, add_pictures_flags)}
 
 # The flags that --help shows of commands that have more.
 FIRST = {"compare": ["runs", "--samples", "--picture", "--json"],

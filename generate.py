@@ -6,7 +6,8 @@
     python generate.py --adapt --chat                   one line after the other
     python generate.py --prompt "The [MASK] sat on the [MASK:2]."      fill in gaps
     python generate.py --prompt "..." --samples 3       several answers, drawn at random
-    python generate.py --adapt --html out.html          both ways on one page, with a slider
+    python generate.py --adapt --html out.html          both ways on one page, which plays
+    python generate.py --inspect out.html               a page on what the memory holds
     python generate.py --model inclusionAI/LLaDA2.1-mini --load-4bit --adapt --prompt "..."
 
 --adapt writes the prompt into fast weights first (section 4.5) and shows the answer without this
@@ -22,9 +23,7 @@ if __name__ == "__main__":  # first of all: a Ctrl-C may come while torch is imp
 
 import contextlib
 import importlib
-import sys
 import time
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -38,7 +37,10 @@ from console import (
     PLAIN, fold, format_answers, has_colors, printable, say, terminal_width, width_of,
 )
 from data import Sample, collate, visible_pieces
-from pages import make_panel, write_animation, write_page
+from memory import inspect_memory, prompt_loss, write_memory
+from pages import (
+    Denoising, Part, Report, make_panel, write_animation, write_inspection, write_page,
+)
 from runs import open_model
 from settings import CHANGEABLE, Parser, add_flags, enough_memory, one_line
 
@@ -107,39 +109,6 @@ def count_right(s, data, model, samples, use_memory, options):
                                          batch.seeds, phi, **options):
         pass
     return ((canvas == batch.x0) & batch.maskable).sum(1).tolist()
-
-
-# ---- Memory -------------------------------------------------------------------------------------
-
-def write_memory(s, backbone, batch):
-    """Write each prompt of a batch into a phi of its own.
-
-    What is random about it follows from the prompt's tokens. So the same prompt gives the same
-    memory, whatever the seed and whatever else is in the batch.
-    """
-    phi, record = memdlm.adapt(backbone, s, batch.prompt, batch.prompt_valid, prompt_seeds(batch))
-    if record["skipped"]:
-        print(f"warning: {int(record['skipped'])} inner steps were not finite and were left out",
-              file=sys.stderr)
-    return phi
-
-
-def prompt_seeds(batch):
-    """A seed for each prompt, which its tokens decide."""
-    return [" ".join(map(str, ids[valid].tolist()))
-            for ids, valid in zip(batch.prompt, batch.prompt_valid)]
-
-
-def prompt_loss(s, backbone, batch, phi):
-    """The mean loss of each prompt's tokens. Every token is masked once, in one of four parts.
-
-    For a run whose inner loop is cover:4 these are the masks that phi is written with.
-    """
-    prompt, valid, seeds = batch.prompt, batch.prompt_valid, prompt_seeds(batch)
-    parts, _ = memdlm.cover(replace(s, trajectory="cover:4"), valid, valid, None, seeds)
-    nll = sum(memdlm.response_nll(backbone, s, prompt, part, valid, phi)
-              for part in parts if part.any())
-    return (nll.sum(1) / valid.sum(1)).tolist()
 
 
 # ---- Answering ----------------------------------------------------------------------------------
@@ -241,6 +210,8 @@ def respond(s, data, model, questions, arguments, note="", watch=None):
     infill, samples = questions[0].infill, [question.sample for question in questions]
     if any(question.infill != infill for question in questions):
         raise ValueError("some prompts have [MASK] and others do not; ask for them one at a time")
+    if arguments.svg and len(questions) > 1:
+        raise ValueError("--svg draws one prompt; give one, or --html for a page with all of them")
     options = decoder_options(arguments, model, infill)
     ways, answers, losses = [None], [], []
     if arguments.adapt:
@@ -257,14 +228,18 @@ def respond(s, data, model, questions, arguments, note="", watch=None):
             answers.append(several)  # a list per way, in it one per question
     if watch:
         watch.clear()
-    for number, question in enumerate(questions):
-        show(s, data, question, [each[number] for each in answers],
-             [of_way[number] for of_way in losses], arguments, note)
+    by_question = [[each[number] for each in answers] for number in range(len(questions))]
+    for number, (question, own) in enumerate(zip(questions, by_question)):
+        show(s, data, question, own, [of_way[number] for of_way in losses], arguments, note)
+    if arguments.html or arguments.svg:
+        draw(s, data, questions, by_question, losses, arguments, note)
+    if arguments.inspect:
+        inspect(s, data, model, questions, by_question, batch, ways[-1], arguments.inspect)
     return [each.text for each in answers[-1]]
 
 
 def show(s, data, question, answers, losses, arguments, note):
-    """Play, print and write to a page what was asked and what was answered.
+    """Play and print what was asked and what was answered.
 
     losses: of the prompt, before and after it was written into phi; or [].
     """
@@ -284,24 +259,15 @@ def show(s, data, question, answers, losses, arguments, note):
         print_texts([("question", f"what follows, {sum(sample.answer)} tokens at most"),
                      *((each.label, each.text) for each in answers)])
     if losses:
-        before, after = losses
-        say(fold(f"inner loss: {before:.2f} -> {after:.2f} nats per token of the prompt, each "
-                 "masked once, before and after it was written"))
+        say(fold(state_losses(*losses)))
     if note:
         say(fold(note))
-    is_known = None not in question.truth
-    if arguments.html:
-        if is_known:
-            truth = cut_before(data.tokenizer.eos_id, question.truth)
-            note = f"The right answer: {data.tokenizer.decode(truth)}. {note}".strip()
-        write_page(arguments.html, f"prompt{book}: {prompt}", answers, joiner, note)
-        say(f"page written to {arguments.html}")
-    if arguments.svg:
-        truth = right_pieces(data, sample, question.truth) if is_known else None
-        panels = [make_panel(each.label, each.frames(), truth) for each in answers]
-        heading = "Written into fast weights" + (", then hidden" if hidden else "")
-        write_animation(arguments.svg, heading, prompt, panels)
-        say(f"animation written to {arguments.svg}")
+
+
+def state_losses(before, after):
+    """A sentence on the loss of a prompt."""
+    return (f"inner loss: {before:.2f} -> {after:.2f} nats per token of the prompt, each masked "
+            "once, before and after it was written")
 
 
 def print_texts(texts):
@@ -339,6 +305,110 @@ def right_pieces(data, sample, truth):
     pieces = iter(data.tokenizer.pieces([token for token in truth if token is not None]))
     right = iter([None if token is None else next(pieces) for token in truth])
     return [next(right) if gap else None for gap in sample.answer]
+
+
+# ---- As a page or a picture ---------------------------------------------------------------------
+
+MEMORY = ("Memory, here, is phi: small matrices beside those of the last layers. A few gradient "
+          "steps write the prompt into them. The model itself does not change, and phi is thrown "
+          "away after the answer.")
+NO_MEMORY = "The model answers without memory of the prompt; --adapt would write one first."
+
+
+def draw(s, data, questions, answers, losses, arguments, note):
+    """Write the denoising of all answers as a page, and that of one question as a picture.
+
+    answers: a list of Answers to each question. losses: for each way, of each prompt; or [].
+    """
+    found = []
+    for number, (question, own) in enumerate(zip(questions, answers)):
+        notes = [state_losses(*(of_way[number] for of_way in losses))] if losses else []
+        found.append(make_denoising(s, data, question, own, arguments.samples, [*notes, note]))
+    if arguments.html:
+        write_page(arguments.html, found)
+        say(f"page written to {arguments.html}")
+    if arguments.svg:
+        write_animation(arguments.svg, found[0])
+        say(f"animation written to {arguments.svg}")
+
+
+def make_denoising(s, data, question, answers, samples, notes):
+    """What pages.py draws of a question and its answers: those of one sample side by side."""
+    right = right_pieces(data, question.sample, question.truth)
+    stops = visible_stops(data.tokenizer)
+    panels = [make_panel(each.label, each.frames(), right, data.words, stops)
+              for number in range(samples) for each in answers[number::samples]]
+    hidden, adapted = s.closed_book and not question.infill, len(answers) > samples
+    heading = "Written into fast weights" if adapted else "Denoising, step by step"
+    if None not in question.truth:
+        truth = cut_before(data.tokenizer.eos_id, question.truth)
+        notes = [f"The right answer: {data.tokenizer.decode(truth)}.", *notes]
+    return Denoising(heading + ", then hidden" * (hidden and adapted),
+                     MEMORY if adapted else NO_MEMORY, label_prompt(hidden),
+                     split_prompt(data, question), panels, [text for text in notes if text])
+
+
+def label_prompt(hidden):
+    return "The prompt" + " (the decoder does not see it)" * hidden
+
+
+def visible_stops(tokenizer):
+    """The pieces that end a reply."""
+    return set(tokenizer.pieces(list(tokenizer.stop_ids)))
+
+
+def split_prompt(data, question):
+    """A prompt as [(text, whether it is asked for)]: the pairs of a dictionary, or the whole."""
+    text, words = question.text.strip(), question.text.split()
+    if data.kind == "dictionary":
+        with contextlib.suppress(ValueError):  # it is not pairs
+            data.add_line("", text)
+            given = {token for token, gap in zip(question.sample.rest, question.sample.answer)
+                     if not gap}
+            asked = set(data.tokenizer.decode(given).split())
+            return [(f"{key} {value}", key in asked and not question.infill)
+                    for key, value in zip(words[::2], words[1::2])]
+    return [(text, False)]
+
+
+# ---- What phi holds -----------------------------------------------------------------------------
+
+def inspect(s, data, model, questions, answers, batch, phi, path):
+    """Measure what phi holds of each prompt, and write it as a page."""
+    measured = inspect_memory(s, model.backbone, batch, phi)
+    reports = []
+    for number, question in enumerate(questions):
+        length, sample = len(question.sample.prompt), question.sample
+        tokens = list(zip(data.tokenizer.pieces(sample.prompt),
+                          *(values[number, :length].tolist()
+                            for values in (measured.before, measured.after, measured.times))))
+        norms = {name: norm[number].tolist() for name, norm in measured.norms.items()}
+        without = {name: loss[number].item() for name, loss in measured.losses_without.items()}
+        half = len(answers[number]) // 2
+        parts = [compare_answers(data, question, *pair)
+                 for pair in zip(answers[number][:half], answers[number][half:])]
+        hidden = s.closed_book and not question.infill
+        reports.append(Report(MEMORY, label_prompt(hidden), split_prompt(data, question), norms,
+                              without, tokens, parts, data.words))
+    write_inspection(path, reports)
+    say(f"inspection written to {path}")
+
+
+def compare_answers(data, question, without, with_memory):
+    """What stands at each token of two answers: a list of Part, up to the end of both."""
+    sample, stops = question.sample, visible_stops(data.tokenizer)
+    rest = len(sample.rest)
+    pieces = [data.tokenizer.pieces(each.ids[-rest:]) for each in (without, with_memory)]
+    right = right_pieces(data, sample, question.truth)
+    parts, ended = [], [False, False]
+    for i, (*pair, want) in enumerate(zip(*pieces, right)):
+        shown = ["" if over else piece for piece, over in zip(pair, ended)]
+        parts.append(Part(*shown, want, not sample.answer[i]))
+        ended = [over or (piece in stops and not question.infill)
+                 for over, piece in zip(ended, pair)]
+        if all(ended):
+            break
+    return [part for part in parts if part.without != "<sep>"]
 
 
 # How a terminal shows the tokens of each state: dim, grey, black on yellow, bold.
@@ -466,8 +536,8 @@ MOST_TOY_TOKENS = 1 << 13  # the toy has no window, but attention over more take
 
 def parse_arguments():
     parser = Parser(["--adapt", "--prompt", "--question", "--file", "--chat", "--samples", "--show",
-                     "--html", "--length", "--run", "--model", "--load-4bit", "--seed"],
-                    description=__doc__)
+                     "--html", "--inspect", "--length", "--run", "--model", "--load-4bit",
+                     "--seed"], description=__doc__)
     add = parser.add_argument
     add("--run", type=Path, help="run folder [default the latest, or the toy that comes along]")
     add("--adapt", action="store_true", help="write the prompt into fast weights first")
@@ -481,6 +551,8 @@ def parse_arguments():
     add("--delay", type=float, default=0.15, help="seconds per step of --show [default 0.15]")
     add("--html", metavar="FILE", help="write the denoising as one self-contained page")
     add("--svg", metavar="FILE", help="write it as one picture that plays by itself")
+    add("--inspect", metavar="FILE", help="write the prompt into fast weights, and a page on what "
+        "they hold: norms, the loss of each token, the answers that change without them")
     add("--length", type=int, default=0, help="tokens to generate [default as in training]")
     add("--steps", type=int, help="forward passes [default one per token]")
     add("--block-length", type=int,
@@ -510,6 +582,7 @@ def parse_arguments():
     real.add_argument("--model", help="a hub id or a folder, in place of --run")
     add_flags(parser, CHANGEABLE)
     arguments = parser.parse_args()
+    arguments.adapt = arguments.adapt or bool(arguments.inspect)
     if arguments.temperature is None:
         arguments.temperature = 0.7 if arguments.samples > 1 else 0.0
     return arguments

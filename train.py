@@ -578,7 +578,8 @@ def finish(s, folder, seconds):
     """Print the table of a finished run, and what one may do next."""
     if s.table_samples:
         with spare_the_run("table or panel.png"):
-            print_comparison([folder], s.table_samples, picture=folder / "panel.png")
+            print_comparison([folder], s.table_samples, save_to=folder / "panel.json",
+                             picture=folder / "panel.png")
     ask = '--prompt "..."     answer with this run'
     if s.model == "toy":
         ask = "--show     answer a prompt from this run"

@@ -7,6 +7,7 @@
     conversion.py six ways from a model that was trained left to right to a diffusion model
     pretrained.py the paper's claims on that model
     harness.py    lm-evaluation-harness, whose tasks a model answers with the decoder of generate.py
+    pictures.py   all pictures once more from their stored numbers
     scores.py     scores.json: each score under the name of what was measured
     tables.py     the paper's tables, with our scores beside its numbers
 

@@ -3,6 +3,7 @@
     report.html    everything on one page, with the pictures inside it
     summary.md     the tables
     values.json    the numbers of every run and claim
+    curves.json    the lists that the pictures show
     *.png          the pictures
 
 `results` is everywhere {name of the run: [the measures of each seed]}, as `run_all` of runs.py
@@ -18,7 +19,8 @@ import platform
 
 import torch
 
-from compare import COLORS, RATIOS, pyplot
+from colors import color_of
+from compare import RATIOS, pyplot
 from files import write_json, write_text, write_whole
 from paper.claims import judge_claims, look_up, subtract, summarise
 from toy import tasks
@@ -173,6 +175,7 @@ def to_markdown(table):
 
 # ---- Pictures: what they share ------------------------------------------------------------------
 
+WIDTHS = (2.8, 1.8, 0.9)  # of lines that may lie on each other: each is seen beside the next
 SETTINGS = (("scratch ", "from scratch"), ("", "tuned"))  # what a run's name begins with, title
 
 
@@ -188,12 +191,12 @@ def mean_curve(results, run, key):
     return mean, curves.std(0) / len(lists) ** 0.5
 
 
-def draw_curve(ax, x, results, run, key, label, color):
+def draw_curve(ax, x, results, run, key, label, color, width=1.3):
     """A line with a band of its standard error. x=None counts from 0."""
     mean, error = mean_curve(results, run, key)
     if mean is not None:
         x = x or range(len(mean))
-        ax.plot(x, mean, "-", color=color, label=label)
+        ax.plot(x, mean, "-", color=color, label=label, linewidth=width)
         ax.fill_between(x, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
 
 
@@ -205,15 +208,14 @@ def draw_legend(ax, **options):
 def draw_heat_map(ax, table, title, columns, rows, limits, colors):
     """A table of numbers as coloured cells, with the numbers in them."""
     low, high = limits
-    ax.imshow(table, vmin=low, vmax=high, cmap=colors, aspect="auto")
+    image = ax.imshow(table, vmin=low, vmax=high, cmap=colors, aspect="auto")
     ax.set(title=title, xticks=range(len(columns)), xticklabels=columns,
            yticks=range(len(rows)), yticklabels=rows)
     ax.spines[:].set_visible(False)
     for i, numbers in enumerate(table):
         for j, x in enumerate(numbers):
-            place = (x - low) / (high - low)
-            # cividis is dark at its lower end, PuOr at both ends.
-            is_dark = place < 0.5 if colors == "cividis" else abs(place - 0.5) > 0.35
+            red, green, blue, _ = image.cmap(image.norm(x))
+            is_dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
             text = f"{x:.2f}".replace("0.", ".").replace("-.00", ".00")
             ax.text(j, i, text, ha="center", va="center", fontsize=8,
                     color="white" if is_dark else "black")
@@ -224,7 +226,7 @@ def draw_heat_map(ax, table, title, columns, rows, limits, colors):
 def draw_exposure(plt, results, size):
     """Fig. 3: the exposure-bias ratio, beside the two losses that it divides."""
     curves = (("MDLM", "mdlm", "alone", "MDLM"),
-              ("MDLM, logits / 3", "mdlm", "cooled", "MDLM, adapted"),
+              ("MDLM, logits / 3", "mdlm", "cooled", "MDLM, logits / 3"),
               ("train-only", "memdlm", "alone", "train-only"),
               ("train & inference", "memdlm", "adapted", "train & inference"))
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
@@ -234,7 +236,7 @@ def draw_exposure(plt, results, size):
             if static is None:
                 continue
             sequential, _ = mean_curve(results, prefix + run, f"exposure sequential {way}")
-            style, color = ":" if way == "cooled" else "-", COLORS[color]
+            style, color = ":" if way == "cooled" else "-", color_of(color)
             left.plot(RATIOS, sequential / static, style, color=color, label=label)
             if way != "cooled":
                 right.plot(RATIOS, sequential, color=color, label=label)
@@ -252,11 +254,11 @@ def draw_bins(plt, results, size):
     curves = (("mdlm", "alone", "MDLM", "MDLM"),
               ("memdlm", "alone", "train-only", "train-only"),
               ("memdlm", "adapted", "train & inference", "train & inference"),
-              ("memdlm", "answers", "phi of the answers", "answers"))
+              ("memdlm", "answers", "phi of the answers", "phi of the answers"))
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for (prefix, how), ax in zip(SETTINGS, axes):
         for run, way, label, color in curves:
-            draw_curve(ax, RATIOS, results, prefix + run, f"bins {way}", label, COLORS[color])
+            draw_curve(ax, RATIOS, results, prefix + run, f"bins {way}", label, color_of(color))
         ax.set(title=f"{how}: loss by mask ratio", xlabel="mask ratio",
                ylabel="nats per masked token", xlim=(1, 0.1))
     draw_legend(axes[0])
@@ -266,16 +268,19 @@ def draw_bins(plt, results, size):
 def draw_dynamics(plt, results, size):
     """Fig. 4: the loss in training, with memory and without."""
     curves = (("mdlm", "curve", "MDLM", "MDLM"),
-              ("memdlm", "curve", "MemDLM, with phi of the answers", "answers"),
+              ("memdlm", "curve", "MemDLM, with phi of the answers",
+               "phi of the answers"),
               ("memdlm", "curve alone", "MemDLM, without phi", "train-only"))
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for (prefix, how), ax in zip(SETTINGS, axes):
-        for run, key, label, color in curves:
+        for (run, key, label, color), width in zip(curves, WIDTHS):
             steps, _ = mean_curve(results, prefix + run, "curve steps")
             if steps is not None:
                 x = steps.tolist()
-                draw_curve(ax, x, results, prefix + run, key, label, COLORS[color])
+                draw_curve(ax, x, results, prefix + run, key, label, color_of(color),
+                           width)
         ax.set(title=f"{how}: training", xlabel="step", ylabel="nats per masked token")
+        ax.margins(x=0.02)
     draw_legend(axes[0])
     return figure
 
@@ -305,8 +310,8 @@ def draw_inner(plt, results, size):
     """The loss of each inner step, before it and after."""
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.2), layout="constrained")
     for (prefix, how), ax in zip(SETTINGS, axes):
-        for key, shift, color in (("before", -0.2, COLORS["MDLM"]),
-                                  ("after", 0.2, COLORS["train & inference"])):
+        for key, shift, color in (("before", -0.2, color_of("MDLM")),
+                                  ("after", 0.2, color_of("train & inference"))):
             mean, error = mean_curve(results, prefix + "memdlm", f"inner {key}")
             if mean is not None:
                 x = [k + shift for k in range(len(mean))]
@@ -326,7 +331,7 @@ def draw_order(plt, results, size):
             ("scratch mdlm", "alone", "MDLM", "MDLM"),
             ("scratch memdlm", "alone", "train-only", "train-only"),
             ("scratch memdlm", "cover", "adapted, cover:4", "train & inference")):
-        draw_curve(ax, None, results, run, f"order {way}", label, COLORS[color])
+        draw_curve(ax, None, results, run, f"order {way}", label, color_of(color))
     ax.set(title="from scratch: when a position is decided", xlabel="position in the response",
            ylabel="mean step, of 16")
     draw_legend(ax)
@@ -345,7 +350,7 @@ def draw_where(plt, results, size):
     colors = []
     for name in names:
         is_default = name.split(".")[1] == last and ".mlp." in name
-        colors.append(COLORS["train & inference" if is_default else "MDLM"])
+        colors.append(color_of("train & inference" if is_default else "MDLM"))
     ax.bar(range(len(names)), mean, yerr=error, color=colors)
     labels = [name.replace("layers.", "").replace("_proj", "") for name in names]
     ax.set_xticks(range(len(names)), labels, rotation=60, ha="right")
@@ -381,22 +386,45 @@ def draw_frontier(plt, results, size):
     """Fig. 5 with its control: what each run learned of the new data against what it kept."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     base, _ = mean_curve(results, "base", "in alone")
+    all_labels = []
     for (how, runs), ax in zip(FRONTIER.items(), axes):
+        labels = []
         for run, label, color in runs:
             losses = [x for x in look_up(results, run, "nats alone") if x is not None]
             kept = [x for x in look_up(results, run, "in alone") if x is not None]
             if losses:
                 (x, x_error, _), (y, y_error, _) = summarise(losses), summarise(kept)
-                ax.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="o", color=COLORS[color],
+                ax.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="o", color=color_of(color),
                             markersize=4, elinewidth=0.8)
-                ax.annotate(label, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+                labels.append(ax.annotate(label, (x, y), (6, 4), fontsize=7,
+                                          textcoords="offset points"))
         if base is not None:
             ax.axhline(base.mean(), color="#CCCCCC", linewidth=0.8)
             ax.annotate("base", (ax.get_xlim()[1], base.mean()), ha="right", va="bottom",
                         fontsize=7)
         ax.set(title=f"tuning {how}: learning the new, keeping the old, without phi",
                xlabel="loss on the new data (left is better)", ylabel="retrieval (up is better)")
+        all_labels.append((ax, labels))
+    figure.draw_without_rendering()  # the layout decides where a point is
+    for ax, labels in all_labels:
+        spread_labels(ax, labels)
     return figure
+
+
+def spread_labels(ax, labels):
+    """Put each label where it covers no other label and no point, and sticks out of nothing."""
+    points = [ax.transData.transform(label.xy) for label in labels]
+    taken, frame = [], ax.get_window_extent()
+    for label in labels:
+        for x, y in ((6, 4), (6, -10), (-6, 4), (-6, -10), (6, 14), (-6, 14), (6, -20), (-6, -20)):
+            label.set(position=(x, y), ha="left" if x > 0 else "right")
+            box = label.get_window_extent()
+            inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0
+            if inside and not any(map(box.overlaps, taken)) and not any(
+                    box.x0 - 4 < px < box.x1 + 4 and box.y0 - 4 < py < box.y1 + 4
+                    for px, py in points):
+                break
+        taken.append(box)
 
 
 PICTURES = {  # name -> function, caption
@@ -416,12 +444,13 @@ PICTURES = {  # name -> function, caption
 }
 
 
-def draw_pictures(results, size):
-    """{name: (caption, PNG bytes)}. None without matplotlib."""
+def draw_pictures(results, size, names=None):
+    """{name: (caption, PNG bytes)} of these pictures, or of all. None without matplotlib."""
     plt, out = pyplot(), {}
     if plt is None:
         return out
-    for name, (draw, caption) in PICTURES.items():
+    for name in names or PICTURES:
+        draw, caption = PICTURES[name]
         figure, png = draw(plt, results, size), io.BytesIO()
         figure.savefig(png, format="png")
         plt.close(figure)
@@ -542,6 +571,15 @@ def values_of(results, size, verdicts):
             "claims": verdicts, "runs": numbers}
 
 
+def lists_of(results):
+    """What curves.json holds: the lists of those runs whose curves are drawn."""
+    drawn = {run: [measures or {} for measures in seeds] for run, seeds in results.items()
+             if any(key.startswith(("exposure", "needle"))
+                    for measures in seeds for key in measures or ())}
+    return {"runs": {run: [{key: x for key, x in measures.items() if isinstance(x, list)}
+                           for measures in seeds] for run, seeds in drawn.items()}}
+
+
 def write_report(results, size, folder):
     """Write the report into the folder and print the verdicts. Returns the path of the page."""
     verdicts, images = judge_claims(results), draw_pictures(results, size)
@@ -551,6 +589,7 @@ def write_report(results, size, folder):
     write_text(folder / "report.html", build_page(title, intro, sections))
     write_text(folder / "summary.md", build_summary(title, intro, sections))
     write_json(folder / "values.json", values_of(results, size, verdicts))
+    write_json(folder / "curves.json", lists_of(results))
     for name, (_, png) in images.items():
         write_whole(folder / f"{name}.png", lambda path, png=png: path.write_bytes(png))
     print(to_markdown(claims_table(verdicts)))

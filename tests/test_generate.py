@@ -9,6 +9,7 @@ import torch
 
 import generate
 import memdlm
+import memory
 from backbones.block_diffusion import block_diffusion
 from backbones.text import ChatData
 from data import PAD, collate
@@ -116,7 +117,7 @@ def test_the_prompts_loss_is_that_of_the_inner_loop_where_it_covers_the_prompt(u
     s, data, model = untrained
     s = replace(s, trajectory="cover:4", inner_lr=0.5, per_sample=True)
     batch = collate([data.ask("fox ruby owl jade elk red hen blue")], [0], False)
-    seeds = generate.prompt_seeds(batch)
+    seeds = memory.prompt_seeds(batch)
     before = generate.prompt_loss(s, model.backbone, batch, None)[0]
     parts = []
     for part in range(4):  # without a step every stage starts from an empty phi
@@ -323,7 +324,7 @@ def test_a_chat_shows_the_canvas_as_it_is_filled(untrained, monkeypatch, capsys)
     monkeypatch.setattr(generate, "input", lambda prompt: next(lines), raising=False)
     lines = iter(["fox ruby owl jade", "fox ? owl ?", "quit"])
     arguments = Namespace(adapt=False, samples=1, seed=0, length=0, show=False, html=None, svg=None,
-                          delay=0, **USUAL | {"steps": None, "temperature": 0.0})
+                          inspect=None, delay=0, **USUAL | {"steps": None, "temperature": 0.0})
     generate.chat(s, data, model, arguments)
     out = capsys.readouterr().out
     assert out.count("\033[1F\033[J") == 2 and out.index("\033[30;43m") < out.index("prompt: ")

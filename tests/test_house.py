@@ -15,12 +15,12 @@ SOURCES = sorted({*ROOT.glob("*.py"), *ROOT.glob("*/*.py")} - {*TESTS})
 # Rooms by height. A room may import what stands on a lower line, and nothing else of ours.
 FLOORS = [
     {"memdlm"},
-    {"files", "console"},
+    {"files", "console", "colors"},
     {"data"},
     {"toy", "backbones"},
     {"settings"},
     {"runs"},
-    {"compare", "pages", "cards", "trackers"},
+    {"compare", "pages", "memory", "cards", "trackers"},
     {"train", "generate", "export"},
     {"paper"},
     {"evaluate", "bench"},
