@@ -11,6 +11,7 @@ no measure compares it with a model that has not seen them.
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -22,6 +23,7 @@ from runs import read_metrics
 from settings import WRITTEN_FROM
 from toy import tasks
 from toy.data import ToyData
+from toy.model import rotary, rotate
 
 
 def inference_settings(s):
@@ -120,6 +122,12 @@ def measure_short_nats(s, model, size):
     return measure_nats(s, model, size, ("alone", "adapted"))
 
 
+def measure_kept(s, model, size):
+    """What theta has kept and what it has learned: retrieval and loss at once, without phi."""
+    return (measure_retrieval(s, model, size, size.lengths[:2], ("alone",))
+            | measure_nats(s, model, size, ("alone",)))
+
+
 def measure_recall(s, model, size):
     """Closed book: share of answers right, by column and way, and its means."""
     data, out = ToyData("dictionary"), {}
@@ -158,6 +166,83 @@ def measure_needle(s, model, size):
             right = mark_right(model, inner, batch, phi)[batch.maskable]
             out[way].append([right[depth == d].double().mean().item() for d in range(5)])
     return {f"needle {way}": table for way, table in out.items()}
+
+
+# ---- Attention ----------------------------------------------------------------------------------
+
+def measure_attention(s, model, size):
+    """Where the gaps of an answer look, at 1, 2 and 4 times the trained length, without phi.
+
+    "entropy x2" is how widely attention is spread, in nats: log n if it is even over n tokens, 0
+    if it goes to one. "on needle x2" is its share on the asked pair, wherever the prompt states
+    it. Both are means over layers, heads and gaps, at the first step of decoding, when all gaps
+    are open. phi would change nothing here: it acts on the last feed-forward, above all attention.
+    """
+    out = {}
+    for times, length in zip((1, 2, 4), size.lengths[1:]):
+        names = [f"paper attention {length} {i}" for i in range(size.samples)]
+        samples = [tasks.dictionary(random.Random(name), length) for name in names]
+        batch = collate(samples, names, False)
+        xt = torch.where(batch.maskable, model.backbone.mask_id, batch.x0)
+        with torch.no_grad(), attention_of(model.backbone, batch.maskable) as weights:
+            model.backbone.blocks(model.backbone.embed(xt), batch.valid, 0, None)
+        entropy, share = summarise_attention(torch.stack(weights), find_needles(samples, batch))
+        out[f"entropy x{times}"], out[f"on needle x{times}"] = entropy, share
+    return out
+
+
+def find_needles(samples, batch):
+    """For each gap the places of its key and value in the prompt, [gaps, L] bool.
+
+    The gap stands right behind its key. The prompt is key, value, key, value ...
+    """
+    rows = []
+    for sample in samples:
+        for key, is_gap in zip(sample.rest, sample.answer[1:]):
+            if is_gap:
+                places = [i for i in range(0, len(sample.prompt), 2) if sample.prompt[i] == key]
+                row = torch.zeros(batch.x0.shape[1], dtype=torch.bool)
+                row[places] = True
+                rows.append(row | row.roll(1))
+    return torch.stack(rows)
+
+
+@contextmanager
+def attention_of(backbone, where):
+    """What a toy's layers attend to from the positions `where`, while it runs.
+
+    Yields a list that gets a tensor [N, heads, L] from each layer. The blocks keep no weights, so
+    they are computed again from the same queries and keys.
+    """
+    found = []
+
+    def look(attention, inputs):
+        h, mask = inputs
+        B, L, D = h.shape
+        q, k = (projection(h).view(B, L, attention.heads, -1).transpose(1, 2)
+                for projection in (attention.q_proj, attention.k_proj))
+        angles = rotary(L, D // attention.heads, h.device)
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        scores = q @ k.mT / q.shape[-1] ** 0.5  # [B, heads, L, L]
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        found.append(scores.softmax(-1).transpose(1, 2)[where])
+    handles = [layer.attn.register_forward_pre_hook(look) for layer in backbone.layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def summarise_attention(weights, needle):
+    """The mean entropy, and the mean share on the needle. weights [..., N, heads, L], needle [N, L]
+
+    The entropy is -sum a log a over all tokens that can be seen.
+    """
+    entropy = -torch.xlogy(weights, weights).sum(-1)
+    share = (weights * needle[:, None]).sum(-1)
+    return entropy.mean().item(), share.mean().item()
 
 
 # ---- Exposure bias and mask ratios --------------------------------------------------------------
@@ -263,8 +348,10 @@ MEASURES = {
     "anchor_ratios": measure_anchor_ratios,
     "nats": measure_nats,
     "nats_short": measure_short_nats,
+    "kept": measure_kept,
     "recall": measure_recall,
     "needle": measure_needle,
+    "attention": measure_attention,
     "exposure": measure_exposure,
     "bins": measure_bins,
     "inner": measure_inner_loss,

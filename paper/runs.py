@@ -36,6 +36,7 @@ from tqdm import tqdm
 from console import last_words
 from files import write_json
 from paper.measures import MEASURES, read_training_curve
+from paper.variants import AT_THE_PACE_OF, tune
 from runs import hold_run, open_run, read_settings
 from settings import WRITTEN_FROM, Settings
 from train import Diverged, Processes, train
@@ -63,6 +64,7 @@ class Run(NamedTuple):
     """One model to train: its settings, and the names of what is measured on it."""
     settings: dict
     measures: tuple
+    variant: str = ""  # a way to train that no setting names: see variants.py
 
 
 OFF = dict(memory=False)
@@ -130,7 +132,7 @@ def main_runs(size):
     """The three settings, each with memory and without."""
     tuned, scratch, closed = tuned_recipe(size), scratch_recipe(size), closed_recipe(size)
     half, same_compute = size.tuned // 2, int(size.scratch * 1.8)
-    tuned_measures = ("retrieval", "nats", "exposure", "bins")
+    tuned_measures = ("retrieval", "nats", "exposure", "bins", "attention")
     scratch_measures = ("nats", "exposure", "bins", "order")
     return {
         "base": Run(base_recipe(size), ("retrieval",)),
@@ -153,8 +155,8 @@ def lora_runs(size):
     with_memory = tuned_recipe(size) | LORA
     without = with_memory | OFF
     return {
-        "lora mdlm": Run(without, ("retrieval", "nats")),
-        "lora memdlm": Run(with_memory, ("retrieval", "nats")),
+        "lora mdlm": Run(without, ("retrieval", "nats", "attention")),
+        "lora memdlm": Run(with_memory, ("retrieval", "nats", "attention")),
         "lora mdlm, lr x 0.5": Run(without | dict(lr=5e-4), SHORT),
         "lora mdlm, lr x 2": Run(without | dict(lr=2e-3), SHORT),
         "lora mdlm, same compute": Run(without | dict(steps=int(size.tuned * 2.4)), SHORT),
@@ -207,6 +209,11 @@ def far_scratch_runs(size):
     return runs | {name: Run(scratch | change, ("nats",)) for name, change in changes.items()}
 
 
+def needs_of(run):
+    """Names of the runs that must be finished before this one: its base, and who sets its pace."""
+    return [run.settings.get("from_run"), run.variant.partition(AT_THE_PACE_OF)[2]]
+
+
 def run_folder(folder, seed, name):
     return folder / str(seed) / name
 
@@ -231,7 +238,7 @@ def estimate_cost(run):
 
 # ---- One run ------------------------------------------------------------------------------------
 
-def train_and_measure(s, measures, folder, size):
+def train_and_measure(s, measures, folder, size, variant=""):
     """Train one model, measure it and write measures.json, in a process of its own.
 
     All that it prints goes to log.txt in its folder. A run whose loss did not stay finite has
@@ -243,14 +250,17 @@ def train_and_measure(s, measures, folder, size):
             open(folder / "log.txt", "w", encoding="utf-8", errors="backslashreplace") as log, \
             contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            train(s, folder, can_resume(folder, s), SimpleNamespace(signal=None), Processes())
+            if variant:
+                out |= tune(s, folder, variant)
+            else:
+                train(s, folder, can_resume(folder, s), SimpleNamespace(signal=None), Processes())
         except Diverged:
             out["diverged"] = 1.0
         except SystemExit:
             raise ValueError(f"{folder} could not be trained; its log.txt says why") from None
         else:
             _, _, model = open_run(folder)
-            out |= read_training_curve(folder)
+            out |= {} if variant else read_training_curve(folder)
             for name in measures:
                 out |= MEASURES[name](s, model, size)
         write_json(folder / "measures.json", out)
@@ -275,26 +285,27 @@ def read_measures(folder, s):
 
 # ---- All runs -----------------------------------------------------------------------------------
 
-def run_all(size, folder, jobs, seeds, only=None):
+def run_all(size, folder, jobs, seeds, only=None, plan=None, first_seed=0):
     """Train and measure what is not finished yet, `jobs` runs at a time.
 
-    only: names of runs, in place of all that are planned.
+    only: names of runs, in place of all that are planned. plan: other runs than the claims'.
     Returns {name: [the measures of each seed]}.
     """
-    runs = {name: run for name, run in plan_runs(size).items() if only is None or name in only}
+    plan, seeds = plan or plan_runs(size), range(first_seed, first_seed + seeds)
+    runs = {name: run for name, run in plan.items() if only is None or name in only}
 
     def read(name, seed):
         s = settings_of(runs[name], seed, folder)
         return read_measures(run_folder(folder, seed, name), s)
 
-    todo = {(name, seed): runs[name] for seed in range(seeds) for name in runs
+    todo = {(name, seed): runs[name] for seed in seeds for name in runs
             if read(name, seed) is None}
     total = round(sum(estimate_cost(run) for run in todo.values()))
     bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=total, unit="", bar_format=bar_format, disable=not todo) as bar, \
             worker_pool(jobs) as pool:
         work_through(todo, folder, size, jobs, pool, bar)
-    return {name: [read(name, seed) for seed in range(seeds)] for name in runs}
+    return {name: [read(name, seed) for seed in seeds] for name in runs}
 
 
 def work_through(todo, folder, size, jobs, pool, bar):
@@ -306,7 +317,8 @@ def work_through(todo, folder, size, jobs, pool, bar):
             run = todo.pop((name, seed))
             with block_interrupts():  # until a new process ignores them by itself
                 future = pool.submit(train_and_measure, settings_of(run, seed, folder),
-                                     run.measures, run_folder(folder, seed, name), size)
+                                     run.measures, run_folder(folder, seed, name), size,
+                                     run.variant)
             running[future] = name, seed, run
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in finished:
@@ -317,13 +329,13 @@ def work_through(todo, folder, size, jobs, pool, bar):
 
 
 def pick_next(todo, busy):
-    """The runs that may start now, because the base of each is there. [(name, seed)]
+    """The runs that may start now, because what each needs is there. [(name, seed)]
 
     Bases come first, then the longest runs, so that the end does not wait for one of them.
     """
     unfinished = busy | todo.keys()
     ready = [(name, seed) for (name, seed), run in todo.items()
-             if (run.settings.get("from_run"), seed) not in unfinished]
+             if not any((other, seed) in unfinished for other in needs_of(run))]
     return sorted(ready, key=lambda key: ("base" not in key[0], -estimate_cost(todo[key])))
 
 
@@ -364,11 +376,11 @@ def begin_worker():
     tqdm.set_lock(threading.RLock())
 
 
-def run_claims(quick, jobs, seeds, out):
+def run_claims(quick, jobs, seeds, out, first_seed=0):
     """Do all of it: runs, verdicts, report. Returns the path of the report."""
     from paper.report import write_report
     name = "quick" if quick else "full"
     size, folder = SIZES[name], Path(out) / name
     with last_words("stopped; the same command goes on with what is left"):
-        results = run_all(size, folder, jobs, seeds or size.seeds)
-    return write_report(results, size, folder)
+        results = run_all(size, folder, jobs, seeds or size.seeds, first_seed=first_seed)
+    return write_report(results, size, folder, first_seed)

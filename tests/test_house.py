@@ -29,7 +29,7 @@ HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 # What takes seconds to import, or is not installed for everyone.
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "huggingface_hub", "lm_eval", "matplotlib",
-         "nltk", "peft", "safetensors", "tokenizers", "transformers"}
+         "nltk", "peft", "safetensors", "scipy", "tokenizers", "transformers"}
 
 
 def module_name(path):
