@@ -8,6 +8,7 @@
     python evaluate.py paper                  the paper's tables, with our scores beside them
     python evaluate.py claims                 every claim of the paper on the toy, with verdicts
     python evaluate.py lora                   what memory does to theta: one gain, taken apart
+    python evaluate.py baselines              memory and other remedies for exposure bias
     python evaluate.py conversion             six ways from left to right to diffusion, compared
     python evaluate.py lm_eval ...            lm-evaluation-harness's own command line
 
@@ -138,8 +139,8 @@ def add_claims_flags(parser):
     add("--jobs", type=int, default=os.cpu_count(),
         help="runs at a time, a thread each [default all cores]")
     add("--seeds", type=int, help="[default 5, quick 3]")
-    add("--first-seed", type=int, default=0, metavar="N", help="seeds N, N + 1 ...: to confirm what "
-        "was found, take seeds on which nothing was tried [default 0]")
+    add("--first-seed", type=int, default=0, metavar="N", help="seeds N, N + 1 ...: to confirm "
+        "what was found, take seeds on which nothing was tried [default 0]")
     add("--out", default="runs/paper", metavar="FOLDER", help="[default runs/paper]")
     add("--again", type=Path, metavar="FILE", help="run nothing; judge the claims of an earlier "
         "report anew, from its values.json")
@@ -158,20 +159,30 @@ def claims(arguments, changes):
                arguments.first_seed)
 
 
-def add_lora_flags(parser):
+def add_study_flags(parser):
     add = parser.add_argument
     add("--jobs", type=int, default=os.cpu_count(),
         help="runs at a time, a thread each [default all cores]")
-    add("--out", default="runs/lora", metavar="FOLDER", help="[default runs/lora]")
+    add("--out", metavar="FOLDER", help="[default runs/lora or runs/baselines]")
 
 
 def lora(arguments, changes):
     """Take apart why a LoRA gains from memory in training: pace, noise, phi's parts, the base.
 
-    A second call goes on where the first was stopped. The page is written after every part.
+    It takes hours. A second call goes on where the first was stopped. The page is written after
+    every part.
     """
     from paper.lora_rows import run_lora
-    run_lora(arguments.jobs, arguments.out)
+    run_lora(arguments.jobs, arguments.out or "runs/lora")
+
+
+def baselines(arguments, changes):
+    """Compare memory with other remedies for exposure bias, at the same compute.
+
+    A second call goes on where the first was stopped.
+    """
+    from paper.baselines import run_baselines
+    run_baselines(arguments.jobs, arguments.out or "runs/baselines")
 
 
 def add_conversion_flags(parser):
@@ -193,7 +204,8 @@ def conversion(arguments, changes):
 # those of them that change settings.
 COMMANDS = {"compare": (compare, add_compare_flags), "exposure": (exposure, add_exposure_flags),
             "tasks": (tasks, add_tasks_flags), "paper": (paper, add_paper_flags),
-            "claims": (claims, add_claims_flags), "lora": (lora, add_lora_flags),
+            "claims": (claims, add_claims_flags), "lora": (lora, add_study_flags),
+            "baselines": (baselines, add_study_flags),
             "conversion": (conversion, add_conversion_flags)}
 
 # The flags that --help shows of commands that have more.

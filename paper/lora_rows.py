@@ -28,10 +28,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from console import last_words
-from files import write_json, write_text
 from paper.claims import Claim, judge_claims, look_up
-from paper.report import claims_table, format_mean, to_markdown
-from paper.runs import LORA, OFF, SIZES, Run, base_recipe, run_all, tuned_recipe
+from paper.report import claims_table, format_mean, to_markdown, write_study
+from paper.runs import LORA, OFF, SIZES, Run, base_recipe, run_parts, tuned_recipe
 
 FIRST_SEED = 20
 LAYERS, TIMES = (2, 4, 8), (1, 3, 10)              # of the map: layers, steps of the base
@@ -306,26 +305,15 @@ def write_lora_page(results, folder):
     """The page and its numbers, from what is finished so far."""
     add_excess(results)
     verdicts = judge_claims(results, SENTENCES)
-    folder.mkdir(parents=True, exist_ok=True)
     page = PAGE.format(sentences=to_markdown(claims_table(verdicts)),
                        runs=to_markdown(runs_table(results)), bases=to_markdown(map_table(results)))
-    write_text(folder / "lora.md", page)
-    numbers = {run: [{key: round(x, 5) for key, x in measures.items() if isinstance(x, float)}
-                     if measures else None for measures in seeds]
-               for run, seeds in results.items()}
-    write_json(folder / "lora.json", {"first seed": FIRST_SEED, "claims": verdicts,
-                                      "runs": numbers})
-    print(to_markdown(claims_table(verdicts)))
-    print(f"\n{folder}/lora.md holds the page, lora.json the numbers")
+    write_study("lora", page, results, verdicts, folder, FIRST_SEED)
 
 
 def run_lora(jobs, out):
     """Work through the parts. After each, the page is written from what there is."""
-    size, folder, results = SIZES["full"], Path(out), {}
+    size, folder = SIZES["full"], Path(out)
+    parts = list_parts(size)
     with last_words("stopped; the same command goes on with what is left"):
-        for names, seeds in list_parts(size):
-            some = run_all(size, folder, jobs, seeds, names, plan_lora(size), FIRST_SEED)
-            for name, measures in some.items():
-                if len(measures) > len(results.get(name, [])):
-                    results[name] = measures
+        for results in run_parts(plan_lora(size), parts, size, folder, jobs, FIRST_SEED):
             write_lora_page(results, folder)

@@ -23,6 +23,7 @@ import torch
 from compare import COLORS, RATIOS, pyplot
 from files import read_json, write_json, write_text, write_whole
 from paper.claims import CLAIMS, judge_claims, judge_rows, look_up, subtract, summarise
+from paper.ladder import ONLY_LARGE_TEXT, only_large_table, pretrained_rows
 from toy import tasks
 
 # (label, run, way of writing phi)
@@ -469,10 +470,10 @@ INTRO = (
     "have one. So Holm's method raises each p for the number of claims in its family "
     "({families}), and the raised p gives the column 'verdict'. 'Could be seen' is the smallest "
     "effect that so many seeds with such a spread would show, alone, four times in five. Rows "
-    "'control' ask what the paper leaves out. Not testable on a toy: LongBench (Table 3) and BABILong as such, whose "
-    "texts need a model that reads; what happens at 7B and 16B weights; lengths of thousands of "
-    "tokens; anything that a pretrained model's knowledge decides. Scope f = 0.05 and 0.25 are the "
-    "same layer as 0.10 in a model of two layers.")
+    "'control' ask what the paper leaves out. Not testable on a toy: LongBench (Table 3) and "
+    "BABILong as such, whose texts need a model that reads; what happens at 7B and 16B weights; "
+    "lengths of thousands of tokens; anything that a pretrained model's knowledge decides. Scope "
+    "f = 0.05 and 0.25 are the same layer as 0.10 in a model of two layers.")
 
 
 def build_page(title, intro, sections):
@@ -524,6 +525,8 @@ def build_sections(results, size, verdicts, images):
 
     return [
         ("Claims and verdicts", "", claims_table(verdicts), []),
+        *pretrained_section(verdicts),
+        ("What only 7B can show", ONLY_LARGE_TEXT, only_large_table(), []),
         ("Tables 1 and 2: retrieval",
          f"Percent of answer tokens right. Trained on lengths up to 64; base: {size.base} steps of "
          f"retrieval; tuned: {size.tuned} steps of other text.",
@@ -545,6 +548,14 @@ def build_sections(results, size, verdicts, images):
         ("Inside the memory", "", None, pictures("inner", "order", "where"))]
 
 
+def pretrained_section(verdicts):
+    """The section of pretrained bases, in a list; an empty list if none was tried."""
+    rows = pretrained_rows(verdicts)
+    text = ("Rows of results/ladder.json, each below the toy's row with the same words. The rows "
+            "of one base are a family.")
+    return [("A pretrained base", text, claims_table(rows), [])] if rows else []
+
+
 def build_summary(title, intro, sections):
     """The sections that have a table, as Markdown."""
     out = f"# {title}\n\n{intro}\n"
@@ -555,16 +566,27 @@ def build_summary(title, intro, sections):
     return out
 
 
+def numbers_of(results):
+    """Every number of every run, with five digits: {run: [{key: number} of each seed]}."""
+    return {run: [{key: round(x, 5) for key, x in measures.items() if isinstance(x, float)}
+                  if measures else None for measures in seeds] for run, seeds in results.items()}
+
+
+def write_study(name, page, results, verdicts, folder, first_seed):
+    """Write the page of a study and its numbers, NAME.md and NAME.json, and print the verdicts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / f"{name}.md", page)
+    write_json(folder / f"{name}.json", {"first seed": first_seed, "torch": torch.__version__,
+                                         "claims": verdicts, "runs": numbers_of(results)})
+    print(to_markdown(claims_table(verdicts)))
+    print(f"\n{folder}/{name}.md holds the page, {name}.json the numbers")
+
+
 def values_of(results, size, verdicts, first_seed):
     """What values.json holds: every number of every run, and the claims."""
-    numbers = {}
-    for run, seeds in results.items():
-        numbers[run] = [
-            {key: round(x, 5) for key, x in measures.items() if isinstance(x, float)}
-            if measures else None for measures in seeds]
     return {"size": size._asdict(), "first seed": first_seed, "torch": torch.__version__,
             "python": platform.python_version(), "machine": platform.machine(),
-            "claims": verdicts, "runs": numbers}
+            "claims": verdicts, "runs": numbers_of(results)}
 
 
 def write_report(results, size, folder, first_seed=0):
@@ -595,7 +617,8 @@ def judge_again(path):
         results, rows = values["runs"], [dict(row) for row in values["claims"]]
         families = {(claim.text, *claim.first, *claim.second): claim.family for claim in CLAIMS}
         for row in rows:
-            row.setdefault("family", families.get((row["claim"], *row["first"], *row["second"]), ""))
+            name = row["claim"], *row["first"], *row["second"]
+            row.setdefault("family", families.get(name, ""))
         values["claims"] = verdicts = judge_rows(rows)
         sections = build_sections(results, size, verdicts, {})
     except (KeyError, TypeError, AttributeError):

@@ -308,6 +308,19 @@ def run_all(size, folder, jobs, seeds, only=None, plan=None, first_seed=0):
     return {name: [read(name, seed) for seed in seeds] for name in runs}
 
 
+def run_parts(plan, parts, size, folder, jobs, first_seed):
+    """Work through parts of a plan, (names of runs, number of seeds) each.
+
+    Yields all results so far after each part, as `run_all` returns them.
+    """
+    results = {}
+    for names, seeds in parts:
+        some = run_all(size, folder, jobs, seeds, names, plan, first_seed)
+        results |= {name: measures for name, measures in some.items()
+                    if len(measures) >= len(results.get(name, ()))}
+        yield results
+
+
 def work_through(todo, folder, size, jobs, pool, bar):
     """Hand out the runs {(name, seed): Run} to the pool, until all of them are finished."""
     running = {}  # future -> name, seed and run
