@@ -615,10 +615,9 @@ def judge_again(path):
     try:
         size = SimpleNamespace(**values["size"])
         results, rows = values["runs"], [dict(row) for row in values["claims"]]
-        families = {(claim.text, *claim.first, *claim.second): claim.family for claim in CLAIMS}
+        families = {(claim.text, *claim.first): claim.family for claim in CLAIMS}
         for row in rows:
-            name = row["claim"], *row["first"], *row["second"]
-            row.setdefault("family", families.get(name, ""))
+            row.setdefault("family", families.get((row["claim"], *row["first"]), ""))
         values["claims"] = verdicts = judge_rows(rows)
         sections = build_sections(results, size, verdicts, {})
     except (KeyError, TypeError, AttributeError):

@@ -69,7 +69,8 @@ class Run(NamedTuple):
 
 OFF = dict(memory=False)
 LORA = dict(toy_lora=True, lora_rank=8, lora_alpha=16.0)
-SHORT = ("retrieval_short", "nats_short")  # what a variant is measured by
+SHORT = ("retrieval_short", "nats_short")  # what a variant is measured by, where its loss is read
+LONGER = ("retrieval_short", "retrieval_further", "nats_short")
 
 # The paper's ablations of training: name of the run -> what it changes in the tuned MemDLM.
 ABLATIONS = {
@@ -122,7 +123,8 @@ def plan_runs(size):
     A run whose settings name another run in `from_run` starts from the weights of that one.
     """
     runs = main_runs(size) | lora_runs(size)
-    runs |= {name: Run(tuned_recipe(size) | change, SHORT) for name, change in ABLATIONS.items()}
+    runs |= {name: Run(tuned_recipe(size) | change, ("retrieval_short",))
+             for name, change in ABLATIONS.items()}
     if size.far:
         runs |= far_tuned_runs(size) | larger_base_runs(size) | far_scratch_runs(size)
     return runs
@@ -132,18 +134,19 @@ def main_runs(size):
     """The three settings, each with memory and without."""
     tuned, scratch, closed = tuned_recipe(size), scratch_recipe(size), closed_recipe(size)
     half, same_compute = size.tuned // 2, int(size.scratch * 1.8)
-    tuned_measures = ("retrieval", "nats", "exposure", "bins", "attention")
+    tuned_measures = ("nats", "exposure", "bins", "attention")
     scratch_measures = ("nats", "exposure", "bins", "order")
     return {
-        "base": Run(base_recipe(size), ("retrieval",)),
-        "mdlm": Run(tuned | OFF, tuned_measures),
-        "memdlm": Run(tuned, (*tuned_measures, "anchor_ratios", "inner", "where", "needle")),
+        "base": Run(base_recipe(size), ("retrieval_plain",)),
+        "mdlm": Run(tuned | OFF, ("retrieval_own", *tuned_measures)),
+        "memdlm": Run(tuned, ("retrieval", *tuned_measures, "anchor_ratios", "inner", "where",
+                              "needle")),
         "mdlm, lr x 0.5": Run(tuned | OFF | dict(lr=5e-4), SHORT),
         "mdlm, lr x 0.3": Run(tuned | OFF | dict(lr=3e-4), SHORT),
         "mdlm, half the steps": Run(tuned | OFF | dict(steps=half), SHORT),
-        "scratch mdlm": Run(scratch | OFF, scratch_measures),
+        "scratch mdlm": Run(scratch | OFF, (*scratch_measures, "nats_cover")),
         "scratch memdlm": Run(scratch, (*scratch_measures, "inner")),
-        "scratch mdlm, same compute": Run(scratch | OFF | dict(steps=same_compute), ("nats",)),
+        "scratch mdlm, same compute": Run(scratch | OFF | dict(steps=same_compute), ("nats_short",)),
         "closed memdlm": Run(closed, ("recall", "needle")),
         "closed mdlm": Run(closed | OFF, ("recall",)),
         "open mdlm": Run(closed | OFF | dict(closed_book=False), ("recall",)),
@@ -155,8 +158,8 @@ def lora_runs(size):
     with_memory = tuned_recipe(size) | LORA
     without = with_memory | OFF
     return {
-        "lora mdlm": Run(without, ("retrieval", "nats", "attention")),
-        "lora memdlm": Run(with_memory, ("retrieval", "nats", "attention")),
+        "lora mdlm": Run(without, (*LONGER, "attention")),
+        "lora memdlm": Run(with_memory, (*LONGER, "attention")),
         "lora mdlm, lr x 0.5": Run(without | dict(lr=5e-4), SHORT),
         "lora mdlm, lr x 2": Run(without | dict(lr=2e-3), SHORT),
         "lora mdlm, same compute": Run(without | dict(steps=int(size.tuned * 2.4)), SHORT),
@@ -187,9 +190,9 @@ def larger_base_runs(size):
     for what, layers, steps in (("4 layers", 4, size.base), ("3 x steps", 2, 3 * size.base)):
         base = base_recipe(size) | dict(layers=layers, steps=steps)
         tuned = tuned_recipe(size) | LORA | dict(from_run=f"base, {what}", layers=layers)
-        runs |= {f"base, {what}": Run(base, ("retrieval",)),
-                 f"lora mdlm, {what}": Run(tuned | OFF, ("retrieval", "nats")),
-                 f"lora memdlm, {what}": Run(tuned, ("retrieval", "nats"))}
+        runs |= {f"base, {what}": Run(base, ("retrieval_short",)),
+                 f"lora mdlm, {what}": Run(tuned | OFF, LONGER),
+                 f"lora memdlm, {what}": Run(tuned, LONGER)}
     slower = runs["lora mdlm, 4 layers"].settings | dict(lr=5e-4)
     return runs | {"lora mdlm, 4 layers, lr x 0.5": Run(slower, SHORT)}
 
@@ -206,7 +209,7 @@ def far_scratch_runs(size):
         "scratch mdlm, wide": OFF | dict(width=128),
         "scratch memdlm, wide": dict(width=128),
     }
-    return runs | {name: Run(scratch | change, ("nats",)) for name, change in changes.items()}
+    return runs | {name: Run(scratch | change, ("nats_short",)) for name, change in changes.items()}
 
 
 def needs_of(run):
