@@ -121,8 +121,8 @@ def list_parts(size):
     """The runs in the order of their worth: (names, number of seeds). Seeds are added later."""
     def on_base(layers, times=1):
         return tuple(name_of(what, layers, times) for what in ("base", "mdlm", "memdlm"))
-    parts = [(*on_base(2), *plan_parts(size)), tuple(plan_rates(size)),
-             (*on_base(4), *plan_parts(size, 4)), tuple(plan_scopes(size))]
+    parts = [on_base(2), ("mdlm, all weights", "memdlm, all weights"), tuple(plan_parts(size)),
+             tuple(plan_rates(size)), (*on_base(4), *plan_parts(size, 4)), tuple(plan_scopes(size))]
     for seeds in (3, 6):
         for names in parts:
             yield names, seeds
