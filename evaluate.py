@@ -10,6 +10,7 @@
     python evaluate.py lora                   what memory does to theta: one gain, taken apart
     python evaluate.py baselines              memory and other remedies for exposure bias
     python evaluate.py conversion             six ways from left to right to diffusion, compared
+    python evaluate.py pretrained             the paper's claims on a pretrained base
     python evaluate.py lm_eval ...            lm-evaluation-harness's own command line
 
 `python evaluate.py COMMAND --help` says what each takes. Command lines from the time before the
@@ -198,6 +199,19 @@ def conversion(arguments, changes):
     run_conversion(arguments.ways)
 
 
+def add_pretrained_flags(parser):
+    parser.add_argument("seeds", nargs="*", type=int, help="seeds [default 1 2 3 4 5]")
+
+
+def pretrained(arguments, changes):
+    """Test the paper's claims on SmolLM2, a pretrained base: a night on one core.
+
+    A second call goes on where the first was stopped. Needs two packages; see paper/pretrained.py.
+    """
+    from paper.pretrained import SEEDS, run_pretrained
+    run_pretrained(arguments.seeds or SEEDS)
+
+
 # ---- The door -----------------------------------------------------------------------------------
 
 # name -> what runs the command, what adds its flags. What runs it takes the parsed arguments, and
@@ -206,7 +220,8 @@ COMMANDS = {"compare": (compare, add_compare_flags), "exposure": (exposure, add_
             "tasks": (tasks, add_tasks_flags), "paper": (paper, add_paper_flags),
             "claims": (claims, add_claims_flags), "lora": (lora, add_study_flags),
             "baselines": (baselines, add_study_flags),
-            "conversion": (conversion, add_conversion_flags)}
+            "conversion": (conversion, add_conversion_flags),
+            "pretrained": (pretrained, add_pretrained_flags)}
 
 # The flags that --help shows of commands that have more.
 FIRST = {"compare": ["runs", "--samples", "--picture", "--json"],

@@ -344,10 +344,13 @@ def describe(backbone):
         else:
             total += p.numel()
     size = sum(p.numel() * p.element_size() for p in backbone.parameters())
-    quantised = sum(map(layers_of, in_4bit))
-    return (f"{backbone.title}: {human_count(total)} parameters, {quantised:,} layers in 4-bit, "
-            f"{adapted:,} with LoRA ({human_count(lora)} parameters), {size / 2**30:.3g} GiB on "
-            f"{next(backbone.parameters()).device}")
+    parts = [f"{backbone.title}: {human_count(total)} parameters"]
+    if in_4bit:
+        parts.append(f"{sum(map(layers_of, in_4bit)):,} layers in 4-bit")
+    if adapted:
+        parts.append(f"{adapted:,} with LoRA ({human_count(lora)} parameters)")
+    device = next(backbone.parameters()).device
+    return ", ".join([*parts, f"{size / 2**30:.3g} GiB on {device}"])
 
 
 def human_count(n):

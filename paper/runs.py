@@ -69,7 +69,7 @@ class Run(NamedTuple):
 
 OFF = dict(memory=False)
 LORA = dict(toy_lora=True, lora_rank=8, lora_alpha=16.0)
-SHORT = ("retrieval_short", "nats_short")  # what a variant is measured by, where its loss is read
+SHORT = ("retrieval_short", "nats_short")  # what most runs are measured by
 LONGER = ("retrieval_short", "retrieval_further", "nats_short")
 
 # The paper's ablations of training: name of the run -> what it changes in the tuned MemDLM.
@@ -209,7 +209,8 @@ def far_scratch_runs(size):
         "scratch mdlm, wide": OFF | dict(width=128),
         "scratch memdlm, wide": dict(width=128),
     }
-    return runs | {name: Run(scratch | change, ("nats_short",)) for name, change in changes.items()}
+    return runs | {name: Run(scratch | change, ("nats_short",))
+                   for name, change in changes.items()}
 
 
 def needs_of(run):
