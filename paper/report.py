@@ -543,7 +543,7 @@ def build_sections(results, size, verdicts, images):
          recall_table(results), []),
         ("How far we looked",
          "Training with memory against the same without; loss on its own kind of held-out data "
-         "(less is better), retrieval.",
+         "(less is better), retrieval. No claim stands on these runs, so most have fewer seeds.",
          far_table(results), []),
         ("Inside the memory", "", None, pictures("inner", "order", "where"))]
 

@@ -1,7 +1,7 @@
 """The runs that test the paper's claims on the toy: which there are, and the work through them.
 
-    python evaluate.py claims            everything: five paired seeds, under two hours on two cores
-    python evaluate.py claims --quick    the same in small: three seeds, under ten minutes
+    python evaluate.py claims            everything: five paired seeds, about an hour on two cores
+    python evaluate.py claims --quick    the same in small: three seeds, under five minutes
 
 Most claims are about a model that was trained with memory, compared with one that was not. There
 are two settings in which both are trained, and one of ours.
@@ -65,9 +65,11 @@ class Run(NamedTuple):
     settings: dict
     measures: tuple
     variant: str = ""  # a way to train that no setting names: see variants.py
+    seeds: int = 100   # at most so many
 
 
 OFF = dict(memory=False)
+FAR_SEEDS = 3  # of runs that no claim is about
 LORA = dict(toy_lora=True, lora_rank=8, lora_alpha=16.0)
 SHORT = ("retrieval_short", "nats_short")  # what most runs are measured by
 LONGER = ("retrieval_short", "retrieval_further", "nats_short")
@@ -126,7 +128,9 @@ def plan_runs(size):
     runs |= {name: Run(tuned_recipe(size) | change, ("retrieval_short",))
              for name, change in ABLATIONS.items()}
     if size.far:
-        runs |= far_tuned_runs(size) | larger_base_runs(size) | far_scratch_runs(size)
+        far = far_tuned_runs(size) | far_scratch_runs(size)
+        runs |= larger_base_runs(size)
+        runs |= {name: run._replace(seeds=FAR_SEEDS) for name, run in far.items()}
     return runs
 
 
@@ -302,14 +306,14 @@ def run_all(size, folder, jobs, seeds, only=None, plan=None, first_seed=0):
         s = settings_of(runs[name], seed, folder)
         return read_measures(run_folder(folder, seed, name), s)
 
-    todo = {(name, seed): runs[name] for seed in seeds for name in runs
+    todo = {(name, seed): run for name, run in runs.items() for seed in seeds[:run.seeds]
             if read(name, seed) is None}
     total = round(sum(estimate_cost(run) for run in todo.values()))
     bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=total, unit="", bar_format=bar_format, disable=not todo) as bar, \
             worker_pool(jobs) as pool:
         work_through(todo, folder, size, jobs, pool, bar)
-    return {name: [read(name, seed) for seed in seeds] for name in runs}
+    return {name: [read(name, seed) for seed in seeds[:run.seeds]] for name, run in runs.items()}
 
 
 def run_parts(plan, parts, size, folder, jobs, first_seed):
