@@ -1,4 +1,4 @@
-"""Compare, measure and test trained models: one door to seven kinds of evaluation.
+"""Compare, measure and test trained models: one door to all kinds of evaluation.
 
     python evaluate.py                        compare the latest run with its control
     python evaluate.py compare RUN ...        compare runs of the same data, with the controls that
@@ -7,6 +7,8 @@
     python evaluate.py tasks TASKS RUN        tasks of lm-evaluation-harness (RULER, BABILong ...)
     python evaluate.py paper                  the paper's tables, with our scores beside them
     python evaluate.py claims                 every claim of the paper on the toy, with verdicts
+    python evaluate.py lora                   what memory does to theta: one gain, taken apart
+    python evaluate.py baselines              memory and other remedies for exposure bias
     python evaluate.py conversion             six ways from left to right to diffusion, compared
     python evaluate.py pretrained             the paper's claims on a pretrained base
     python evaluate.py pictures               draw every picture again from its stored numbers
@@ -141,7 +143,11 @@ def add_claims_flags(parser):
     add("--jobs", type=int, default=os.cpu_count(),
         help="runs at a time, a thread each [default all cores]")
     add("--seeds", type=int, help="[default 5, quick 3]")
+    add("--first-seed", type=int, default=0, metavar="N", help="seeds N, N + 1 ...: to confirm "
+        "what was found, take seeds on which nothing was tried [default 0]")
     add("--out", default="runs/paper", metavar="FOLDER", help="[default runs/paper]")
+    add("--again", type=Path, metavar="FILE", help="run nothing; judge the claims of an earlier "
+        "report anew, from its values.json")
 
 
 def claims(arguments, changes):
@@ -149,8 +155,38 @@ def claims(arguments, changes):
 
     A second call goes on where the first was stopped.
     """
+    if arguments.again:
+        from paper.report import judge_again
+        return judge_again(arguments.again)
     from paper.runs import run_claims
-    run_claims(arguments.quick, arguments.jobs, arguments.seeds, arguments.out)
+    run_claims(arguments.quick, arguments.jobs, arguments.seeds, arguments.out,
+               arguments.first_seed)
+
+
+def add_study_flags(parser):
+    add = parser.add_argument
+    add("--jobs", type=int, default=os.cpu_count(),
+        help="runs at a time, a thread each [default all cores]")
+    add("--out", metavar="FOLDER", help="[default runs/lora or runs/baselines]")
+
+
+def lora(arguments, changes):
+    """Take apart why a LoRA gains from memory in training: pace, noise, phi's parts, the base.
+
+    It takes hours. A second call goes on where the first was stopped. The page is written after
+    every part.
+    """
+    from paper.lora_rows import run_lora
+    run_lora(arguments.jobs, arguments.out or "runs/lora")
+
+
+def baselines(arguments, changes):
+    """Compare memory with other remedies for exposure bias, at the same compute.
+
+    A second call goes on where the first was stopped.
+    """
+    from paper.baselines import run_baselines
+    run_baselines(arguments.jobs, arguments.out or "runs/baselines")
 
 
 def add_conversion_flags(parser):
@@ -199,7 +235,8 @@ def pictures(arguments, changes):
 # those of them that change settings.
 COMMANDS = {"compare": (compare, add_compare_flags), "exposure": (exposure, add_exposure_flags),
             "tasks": (tasks, add_tasks_flags), "paper": (paper, add_paper_flags),
-            "claims": (claims, add_claims_flags),
+            "claims": (claims, add_claims_flags), "lora": (lora, add_study_flags),
+            "baselines": (baselines, add_study_flags),
             "conversion": (conversion, add_conversion_flags),
             "pretrained": (pretrained, add_pretrained_flags),
             "pictures": (pictures, add_pictures_flags)}
@@ -223,8 +260,8 @@ def list_runs(arguments):
 def check_arguments(arguments):
     """ValueError if a number is too small."""
     for name, least in (("samples", 2), ("jobs", 1), ("seeds", 1), ("batch_size", 1),
-                        ("mc_samples", 1), ("wait", 1), ("steps", 0), ("max_length", 0),
-                        ("block_length", 0), ("num_fewshot", 0)):
+                        ("mc_samples", 1), ("wait", 1), ("first_seed", 0), ("steps", 0),
+                        ("max_length", 0), ("block_length", 0), ("num_fewshot", 0)):
         value = getattr(arguments, name, None)
         if value is not None and value < least:
             flag = "--" + name.replace("_", "-")

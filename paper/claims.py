@@ -2,20 +2,22 @@
 
 A claim names two measures of runs and says which is larger. The runs come in pairs that share a
 seed, so there is one difference per seed. Student's t gives the 95 % interval of their mean, and
-the side of zero on which the interval lies gives the verdict. No verdict here is a judgement by
-hand.
+its p: how often as large a mean would come of nothing. Claims that answer one question are a
+family. The more claims a family has, the more often one of them seems true by chance, so Holm's
+method raises the p of all of them. The raised p gives the verdict. No verdict here is a judgement
+by hand.
 
 Claims whose place is "control" are not the paper's. They ask what it leaves out, for example
 whether a plain MDLM with half the learning rate would have done as well.
 """
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
-# Two-sided 95 % quantile of Student's t, by degrees of freedom. More than 9 count as 9, which makes
-# the interval a little too wide.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-FLAT = 0.02  # "the same" means within this, with 95 % confidence
+FLAT = 0.02    # "the same" means within this
+LEVEL = 0.05   # a claim is decided if its p is at most this
+POWER = 0.8    # how often the smallest effect that "could be seen" would be seen
 
 
 class Claim(NamedTuple):
@@ -25,6 +27,7 @@ class Claim(NamedTuple):
     first: tuple   # (run, key of its measures)
     expect: str    # more, less or same
     second: tuple
+    family: str = ""  # the claims that are corrected together
 
 
 # ---- The claims ---------------------------------------------------------------------------------
@@ -205,6 +208,20 @@ def larger_base_claims():
             (memory, "in adapted"), "more", (memory, "in alone"))
 
 
+def attention_claims():
+    """What version 2 of the paper says first: memory in training relieves attention."""
+    for memory, plain, how in ((MEMDLM, MDLM, "tuned"),
+                               ("lora memdlm", "lora mdlm", "tuned by a LoRA")):
+        for times in (1, 2, 4):
+            where = f"{how}, at {times} x the trained length"
+            yield Claim(
+                "version 2", f"train-only spreads attention less than MDLM, {where}",
+                (memory, f"entropy x{times}"), "less", (plain, f"entropy x{times}"))
+            yield Claim(
+                "version 2", f"... and has more of it on the needle, {where}",
+                (memory, f"on needle x{times}"), "more", (plain, f"on needle x{times}"))
+
+
 def inner_loop_claims():
     """What an inner step minimises, what it may change, and how far."""
     best, training_loss = (MEMDLM, "in adapted"), (MEMDLM, "train")
@@ -244,7 +261,7 @@ def trajectory_claims():
     for ratio in (0.4, 0.6, 0.8):
         yield Claim(
             "Fig. 8", f"an anchor ratio of {ratio} at inference is about as good as 0.2",
-            (MEMDLM, f"in anchor {ratio}"), "same", (MEMDLM, "in anchor 0.2"))
+            (MEMDLM, f"in anchor {ratio}"), "same", best)
     yield Claim(
         "Fig. 9", "the consistent trajectory has a lower training loss than the inconsistent one",
         training_loss, "less", ("inconsistent", "train"))
@@ -289,9 +306,20 @@ def recall_claims():
         own, "more", ("open mdlm", "recall alone"))
 
 
-CLAIMS = [*retrieval_claims(), *exposure_claims(), *training_claims(), *adaptation_claims(),
-          *forgetting_claims(), *lora_claims(), *larger_base_claims(), *inner_loop_claims(),
-          *trajectory_claims(), *recall_claims()]
+FAMILIES = {
+    "retrieval, all weights": retrieval_claims,
+    "exposure bias": exposure_claims,
+    "loss": training_claims,
+    "adapting": adaptation_claims,
+    "forgetting": forgetting_claims,
+    "a LoRA": lora_claims,
+    "larger bases": larger_base_claims,
+    "attention": attention_claims,
+    "inner loop": inner_loop_claims,
+    "trajectory": trajectory_claims,
+    "closed book": recall_claims,
+}
+CLAIMS = [claim._replace(family=family) for family, make in FAMILIES.items() for claim in make()]
 
 
 # ---- Statistics ---------------------------------------------------------------------------------
@@ -309,6 +337,21 @@ def subtract(results, first, second):
     return [a - b for a, b in pairs if a is not None and b is not None]
 
 
+@cache
+def quantiles(freedom):
+    """Of Student's t: half the width of the 95 % interval, and the smallest effect that is seen.
+
+    Both in standard errors. The effect is seen if the interval lies on its side of zero, and that
+    happens with a probability of POWER.
+    """
+    from scipy import optimize, stats
+    edge = float(stats.t.ppf(1 - LEVEL / 2, freedom))
+
+    def missing(effect):
+        return stats.nct.sf(edge, freedom, effect) - POWER
+    return edge, float(optimize.brentq(missing, 0, 2 * edge + 3))
+
+
 def summarise(numbers):
     """The mean, its standard error, and half the width of its 95 % interval.
 
@@ -319,11 +362,54 @@ def summarise(numbers):
     if n == 1:
         return mean, float("nan"), float("inf")
     error = (sum((x - mean) ** 2 for x in numbers) / (n - 1) / n) ** 0.5
-    return mean, error, T95[min(n - 1, 9)] * error
+    return mean, error, quantiles(n - 1)[0] * error
+
+
+def chance_above(mean, error, edge, freedom):
+    """How often a mean as far above `edge` would come by chance if the truth were the edge."""
+    from scipy import stats
+    if error == 0:
+        return 0.0 if mean > edge else 1.0
+    return float(stats.t.sf((mean - edge) / error, freedom))
+
+
+def weigh(differences, expect):
+    """The p of a claim and what its differences speak for: "reproduced" or "reversed".
+
+    "more" and "less": the p of the two-sided t-test against zero.
+    "same": the claim is that the mean lies within +-FLAT. For it speaks a mean that is above -FLAT
+    and below FLAT (two one-sided tests, the worse of which counts); against it one that is beyond
+    either. p is twice the smaller of both, as in a two-sided test.
+    """
+    mean, error, _ = summarise(differences)
+    freedom = len(differences) - 1
+    if expect == "same":
+        holds = max(chance_above(mean, error, -FLAT, freedom),
+                    chance_above(-mean, error, -FLAT, freedom))
+        fails = chance_above(abs(mean), error, FLAT, freedom)
+    else:
+        sign = 1 if expect == "more" else -1
+        holds = chance_above(sign * mean, error, 0, freedom)
+        fails = chance_above(-sign * mean, error, 0, freedom)
+    return min(1.0, 2 * min(holds, fails)), "reproduced" if holds <= fails else "reversed"
+
+
+def correct(chances):
+    """Holm's method: the p of each claim of a family, raised for the number of claims.
+
+    The smallest p counts times their number n, the next times n - 1, and so on; and none counts
+    less than one before it. If nothing is there, the chance that any claim of the family has a
+    raised p of at most 0.05 is at most 0.05.
+    """
+    raised, highest = [0.0] * len(chances), 0.0
+    for rank, i in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
+        highest = max(highest, min(1.0, (len(chances) - rank) * chances[i]))
+        raised[i] = highest
+    return raised
 
 
 def judge(differences, expect):
-    """The verdict on a claim from its differences, one per seed.
+    """The verdict on a claim by itself, from its differences, one per seed.
 
     "more" and "less": reproduced if the 95 % interval of the mean lies wholly on the claimed side
     of zero, reversed if it lies wholly on the other side.
@@ -332,15 +418,8 @@ def judge(differences, expect):
     """
     if len(differences) < 2:
         return "not run"
-    mean, _, half = summarise(differences)
-    low, high = mean - half, mean + half
-    if expect == "same":
-        holds, fails = -FLAT <= low and high <= FLAT, low > FLAT or high < -FLAT
-    elif expect == "more":
-        holds, fails = low > 0, high < 0
-    else:
-        holds, fails = high < 0, low > 0
-    return "reproduced" if holds else "reversed" if fails else "not reproduced"
+    p, side = weigh(differences, expect)
+    return side if p <= LEVEL else "not reproduced"
 
 
 def count_agreeing(differences, expect):
@@ -351,23 +430,46 @@ def count_agreeing(differences, expect):
 
 
 def judge_claims(results, claims=None):
-    """The claims (CLAIMS) whose two runs are among the results, a dict each, ready for JSON.
+    """The claims whose two runs are among the results, as `judge_rows` returns them."""
+    rows = []
+    for claim in CLAIMS if claims is None else claims:
+        if claim.first[0] in results and claim.second[0] in results:
+            rows.append({"family": claim.family, "place": claim.place, "claim": claim.text,
+                         "expect": claim.expect, "first": list(claim.first),
+                         "second": list(claim.second),
+                         "differences": subtract(results, claim.first, claim.second)})
+    return judge_rows(rows)
 
-    With at least one difference it has `mean`, `error`, `interval` and `agree` besides.
+
+def judge_rows(rows):
+    """Add the statistics to rows that have family, expect and differences, a dict each for JSON.
+
+    `verdict` is corrected for the number of claims in the family, `alone` is not. With at least one
+    difference a row has `mean`, `error`, `interval` and `agree`; with two also `p`, `holm`, the
+    raised p, and `seen`, the smallest effect that this many seeds would have shown.
     """
-    out = []
-    for claim in claims or CLAIMS:
-        if claim.first[0] not in results or claim.second[0] not in results:
-            continue  # not among the runs of this size
-        differences = subtract(results, claim.first, claim.second)
-        row = {"place": claim.place, "claim": claim.text, "expect": claim.expect,
-               "verdict": judge(differences, claim.expect),
-               "first": list(claim.first), "second": list(claim.second),
-               "differences": differences}
-        if differences:
-            mean, error, half = summarise(differences)
-            agreeing = count_agreeing(differences, claim.expect)
-            row |= {"mean": mean, "error": error, "interval": [mean - half, mean + half],
-                    "agree": f"{agreeing} of {len(differences)}"}
-        out.append(row)
+    rows = [row | describe_differences(row["differences"], row["expect"]) for row in rows]
+    families = {}
+    for row in rows:
+        if "p" in row:
+            families.setdefault(row["family"], []).append(row)
+    for family in families.values():
+        for row, p in zip(family, correct([row["p"] for row in family])):
+            row["holm"] = p
+            row["verdict"] = row["alone"] if p <= LEVEL else "not reproduced"
+    return rows
+
+
+def describe_differences(differences, expect):
+    """What a claim's differences say by themselves, a dict."""
+    alone = judge(differences, expect)
+    out = {"alone": alone, "verdict": alone}
+    if differences:
+        mean, error, half = summarise(differences)
+        agreeing = count_agreeing(differences, expect)
+        out |= {"mean": mean, "error": error, "interval": [mean - half, mean + half],
+                "agree": f"{agreeing} of {len(differences)}"}
+    if len(differences) > 1:
+        out |= {"p": weigh(differences, expect)[0],
+                "seen": quantiles(len(differences) - 1)[1] * error}
     return out

@@ -11,6 +11,7 @@ no measure compares it with a model that has not seen them.
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -22,6 +23,7 @@ from runs import read_metrics
 from settings import WRITTEN_FROM
 from toy import tasks
 from toy.data import ToyData
+from toy.model import rotary, rotate
 
 
 def inference_settings(s):
@@ -64,25 +66,35 @@ def held_out_batch(s, count):
 def measure_retrieval(s, model, size, lengths=None, ways=("alone", "adapted", "another")):
     """Share of answer tokens right, by task, prompt length and way.
 
-    "in" and "beyond" are the means over the trained lengths and over the longer ones.
+    "in" and "beyond" are the means over the trained lengths and over the longer ones. Each task is
+    a batch of its own: its answers have as many gaps as it has, so none waits for those of others.
     """
-    lengths, tasks_count, out = lengths or size.lengths, len(tasks.RETRIEVAL), {}
+    lengths, out = lengths or size.lengths, {}
     for length in lengths:
-        named = [(task, f"paper {task} {length} {i}")
-                 for task in tasks.RETRIEVAL for i in range(size.samples)]
-        samples = [tasks.TASKS[task](random.Random(name), length) for task, name in named]
-        batch = collate(samples, [name for _, name in named], False)
+        for task in tasks.RETRIEVAL:
+            names = [f"paper {task} {length} {i}" for i in range(size.samples)]
+            samples = [tasks.TASKS[task](random.Random(name), length) for name in names]
+            batch = collate(samples, names, False)
+            for way in ways:
+                right = measure(model, *ways_to_write(s)[way], batch, "accuracy")
+                out[f"{task} {length} {way}"] = right.mean().item()
         for way in ways:
-            right = measure(model, *ways_to_write(s)[way], batch, "accuracy")
-            by_task = right.view(tasks_count, size.samples).mean(1)
-            for task, share in zip(tasks.RETRIEVAL, by_task.tolist()):
-                out[f"{task} {length} {way}"] = share
-            out[f"{length} {way}"] = by_task.mean().item()
+            out[f"{length} {way}"] = mean(out[f"{task} {length} {way}"] for task in tasks.RETRIEVAL)
     for way in ways:
-        for where, some in (("in", lengths[:2]), ("beyond", lengths[2:])):
-            if some:
+        for where, some in (("in", size.lengths[:2]), ("beyond", size.lengths[2:])):
+            if some and set(some) <= set(lengths):
                 out[f"{where} {way}"] = mean(out[f"{length} {way}"] for length in some)
     return out
+
+
+def measure_own_retrieval(s, model, size):
+    """Retrieval without the control."""
+    return measure_retrieval(s, model, size, ways=("alone", "adapted"))
+
+
+def measure_plain_retrieval(s, model, size):
+    """Retrieval by theta alone."""
+    return measure_retrieval(s, model, size, ways=("alone",))
 
 
 def measure_short_retrieval(s, model, size):
@@ -90,34 +102,51 @@ def measure_short_retrieval(s, model, size):
     return measure_retrieval(s, model, size, size.lengths[:2], ("alone", "adapted"))
 
 
+def measure_further_retrieval(s, model, size):
+    """What the short one leaves out that a claim reads: longer prompts, and the control."""
+    return (measure_retrieval(s, model, size, size.lengths[2:], ("alone",))
+            | measure_retrieval(s, model, size, size.lengths[:2], ("another",)))
+
+
 def measure_anchor_ratios(s, model, size):
     """Retrieval at the trained lengths with other anchors at inference (Fig. 8)."""
     out = {}
-    for ratio in (0.2, 0.4, 0.6, 0.8):
+    for ratio in (0.4, 0.6, 0.8):
         changed = replace(s, anchor_ratio=ratio)
         scores = measure_retrieval(changed, model, size, size.lengths[:2], ("adapted",))
         out[f"in anchor {ratio}"] = scores["in adapted"]
     return out
 
 
-def measure_nats(s, model, size, ways=("alone", "adapted", "another", "cover", "cover another")):
+def measure_nats(s, model, size, ways=("alone", "adapted", "answers")):
     """Cross-entropy on held-out samples of the run's own kind, by prompt length and way."""
     data, out = ToyData(s.data), {}
-    sources = {way: ways_to_write(s)[way] for way in ways}
-    if s.memory and s.memory_from == "response":
-        sources["answers"] = s, "answers"
-    for way, (inner, source) in sources.items():
+    sources = ways_to_write(s) | {"answers": (s, "answers")}
+    if not s.memory or s.memory_from == "prompt":  # training writes no phi from answers
+        ways = [way for way in ways if way != "answers"]
+    for way in ways:
         for column in data.columns:
             batch = data.tests(column, range(2 * size.samples), False, "paper")
-            nats = measure(model, inner, source, batch, "nats")
+            nats = measure(model, *sources[way], batch, "nats")
             out[f"nats {column} {way}"] = nats.mean().item()
         out[f"nats {way}"] = mean(out[f"nats {column} {way}"] for column in data.columns)
     return out
 
 
 def measure_short_nats(s, model, size):
-    """Cross-entropy without the controls."""
+    """Cross-entropy without the phi of training."""
     return measure_nats(s, model, size, ("alone", "adapted"))
+
+
+def measure_cover_nats(s, model, size):
+    """Cross-entropy with masks that cover the prompt."""
+    return measure_nats(s, model, size, ("cover",))
+
+
+def measure_kept(s, model, size):
+    """What theta has kept and what it has learned: retrieval and loss at once, without phi."""
+    return (measure_retrieval(s, model, size, size.lengths[:2], ("alone",))
+            | measure_nats(s, model, size, ("alone",)))
 
 
 def measure_recall(s, model, size):
@@ -160,6 +189,83 @@ def measure_needle(s, model, size):
     return {f"needle {way}": table for way, table in out.items()}
 
 
+# ---- Attention ----------------------------------------------------------------------------------
+
+def measure_attention(s, model, size):
+    """Where the gaps of an answer look, at 1, 2 and 4 times the trained length, without phi.
+
+    "entropy x2" is how widely attention is spread, in nats: log n if it is even over n tokens, 0
+    if it goes to one. "on needle x2" is its share on the asked pair, wherever the prompt states
+    it. Both are means over layers, heads and gaps, at the first step of decoding, when all gaps
+    are open. phi would change nothing here: it acts on the last feed-forward, above all attention.
+    """
+    out = {}
+    for times, length in zip((1, 2, 4), size.lengths[1:]):
+        names = [f"paper attention {length} {i}" for i in range(size.samples)]
+        samples = [tasks.dictionary(random.Random(name), length) for name in names]
+        batch = collate(samples, names, False)
+        xt = torch.where(batch.maskable, model.backbone.mask_id, batch.x0)
+        with torch.no_grad(), attention_of(model.backbone, batch.maskable) as weights:
+            model.backbone.blocks(model.backbone.embed(xt), batch.valid, 0, None)
+        entropy, share = summarise_attention(torch.stack(weights), find_needles(samples, batch))
+        out[f"entropy x{times}"], out[f"on needle x{times}"] = entropy, share
+    return out
+
+
+def find_needles(samples, batch):
+    """For each gap the places of its key and value in the prompt, [gaps, L] bool.
+
+    The gap stands right behind its key. The prompt is key, value, key, value ...
+    """
+    rows = []
+    for sample in samples:
+        for key, is_gap in zip(sample.rest, sample.answer[1:]):
+            if is_gap:
+                places = [i for i in range(0, len(sample.prompt), 2) if sample.prompt[i] == key]
+                row = torch.zeros(batch.x0.shape[1], dtype=torch.bool)
+                row[places] = True
+                rows.append(row | row.roll(1))
+    return torch.stack(rows)
+
+
+@contextmanager
+def attention_of(backbone, where):
+    """What a toy's layers attend to from the positions `where`, while it runs.
+
+    Yields a list that gets a tensor [N, heads, L] from each layer. The blocks keep no weights, so
+    they are computed again from the same queries and keys.
+    """
+    found = []
+
+    def look(attention, inputs):
+        h, mask = inputs
+        B, L, D = h.shape
+        q, k = (projection(h).view(B, L, attention.heads, -1).transpose(1, 2)
+                for projection in (attention.q_proj, attention.k_proj))
+        angles = rotary(L, D // attention.heads, h.device)
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        scores = q @ k.mT / q.shape[-1] ** 0.5  # [B, heads, L, L]
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        found.append(scores.softmax(-1).transpose(1, 2)[where])
+    handles = [layer.attn.register_forward_pre_hook(look) for layer in backbone.layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def summarise_attention(weights, needle):
+    """The mean entropy, and the mean share on the needle. weights [..., N, heads, L], needle [N, L]
+
+    The entropy is -sum a log a over all tokens that can be seen.
+    """
+    entropy = -torch.xlogy(weights, weights).sum(-1)
+    share = (weights * needle[:, None]).sum(-1)
+    return entropy.mean().item(), share.mean().item()
+
+
 # ---- Exposure bias and mask ratios --------------------------------------------------------------
 
 def measure_exposure(s, model, size):
@@ -170,7 +276,7 @@ def measure_exposure(s, model, size):
     """
     batch, out = held_out_batch(s, 2 * size.samples), {}
     head = model.backbone.lm_head.weight
-    for way in ("alone", "adapted", "cover", "cooled"):
+    for way in ("alone", "adapted", "cooled"):
         inner, source = ways_to_write(s)["alone" if way == "cooled" else way]
         phi = write_phi(model, inner, source, batch)
         head.data.div_(3 if way == "cooled" else 1)
@@ -259,12 +365,18 @@ def measure_order(s, model, size):
 
 MEASURES = {
     "retrieval": measure_retrieval,
+    "retrieval_own": measure_own_retrieval,
+    "retrieval_plain": measure_plain_retrieval,
     "retrieval_short": measure_short_retrieval,
+    "retrieval_further": measure_further_retrieval,
     "anchor_ratios": measure_anchor_ratios,
     "nats": measure_nats,
     "nats_short": measure_short_nats,
+    "nats_cover": measure_cover_nats,
+    "kept": measure_kept,
     "recall": measure_recall,
     "needle": measure_needle,
+    "attention": measure_attention,
     "exposure": measure_exposure,
     "bins": measure_bins,
     "inner": measure_inner_loss,

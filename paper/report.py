@@ -16,13 +16,16 @@ import base64
 import html
 import io
 import platform
+from collections import Counter
+from types import SimpleNamespace
 
 import torch
 
 from colors import color_of
 from compare import RATIOS, pyplot
-from files import write_json, write_text, write_whole
-from paper.claims import judge_claims, look_up, subtract, summarise
+from files import read_json, write_json, write_text, write_whole
+from paper.claims import CLAIMS, judge_claims, judge_rows, look_up, subtract, summarise
+from paper.ladder import ONLY_LARGE_TEXT, only_large_table, pretrained_rows
 from toy import tasks
 
 # (label, run, way of writing phi)
@@ -101,15 +104,33 @@ def format_mean(numbers, digits=3, sign="", percent=False):
 
 
 def claims_table(verdicts):
-    out = [["place", "claim", "difference", "95 % interval", "seeds", "verdict"]]
+    """The claims with their statistics. A `base` stands in a column of its own if any row has one.
+
+    "could be seen" is the smallest effect that this many seeds would have shown four times in
+    five. "alone" is the verdict of the interval by itself, "verdict" that after Holm's correction.
+    """
+    out = [["place", "claim", "difference", "95 % interval", "seeds", "could be seen", "p",
+            "p, Holm", "alone", "verdict"]]
     for claim in verdicts:
-        difference = interval = agree = "-"
+        difference = interval = agree = seen = p = holm = "-"
         if "mean" in claim:
             low, high = claim["interval"]
             difference = f"{claim['mean']:+.3f} ± {claim['error']:.3f}"
             interval, agree = f"{low:+.3f} to {high:+.3f}", claim["agree"]
-        out.append([claim["place"], claim["claim"], difference, interval, agree, claim["verdict"]])
+        if "p" in claim:
+            seen, p, holm = f"{claim['seen']:.3f}", format_p(claim["p"]), format_p(claim["holm"])
+        out.append([claim["place"], claim["claim"], difference, interval, agree, seen, p, holm,
+                    claim["alone"], claim["verdict"]])
+    if any("base" in claim for claim in verdicts):
+        for row, base in zip(out, ["base"] + [claim.get("base", "toy") for claim in verdicts]):
+            row.insert(1, base)
     return out
+
+
+def format_p(p):
+    if p < 0.0001:
+        return "< .0001"
+    return f"{p:.{4 if p < 0.01 else 2}f}".removeprefix("0")
 
 
 def retrieval_table(results, lengths):
@@ -473,12 +494,15 @@ INTRO = (
     "{seeds} paired seeds: same initial weights, data, masks and test samples. A difference is the "
     "mean over seeds with its standard error; reproduced or reversed if its 95 % interval "
     "(Student's t) lies on one side of zero, or within 0.02 of it where the claim is 'about as "
-    "good'; otherwise not reproduced, and the interval bounds what there may be. Many claims are "
-    "tested: of twenty without any effect, one would seem to have one. Rows 'control' ask what the "
-    "paper leaves out. Not testable on a toy: LongBench (Table 3) and BABILong as such, whose "
-    "texts need a model that reads; what happens at 7B and 16B weights; lengths of thousands of "
-    "tokens; anything that a pretrained model's knowledge decides. Scope f = 0.05 and 0.25 are the "
-    "same layer as 0.10 in a model of two layers.")
+    "good'; otherwise not reproduced, and the interval bounds what there may be. That is the "
+    "column 'alone'. Many claims are tested, and of twenty without any effect one would seem to "
+    "have one. So Holm's method raises each p for the number of claims in its family "
+    "({families}), and the raised p gives the column 'verdict'. 'Could be seen' is the smallest "
+    "effect that so many seeds with such a spread would show, alone, four times in five. Rows "
+    "'control' ask what the paper leaves out. Not testable on a toy: LongBench (Table 3) and "
+    "BABILong as such, whose texts need a model that reads; what happens at 7B and 16B weights; "
+    "lengths of thousands of tokens; anything that a pretrained model's knowledge decides. Scope "
+    "f = 0.05 and 0.25 are the same layer as 0.10 in a model of two layers.")
 
 
 def build_page(title, intro, sections):
@@ -513,12 +537,14 @@ def html_table(table):
     return out + ["</table>"]
 
 
-def write_intro(results):
-    """The introduction, with the number of seeds that the runs have."""
+def write_intro(results, verdicts):
+    """The introduction, with the number of seeds that the runs have and the sizes of families."""
     counts = [len([measures for measures in runs if measures]) for runs in results.values()]
     counts = sorted(count for count in counts if count) or [0]
     low, high = counts[0], counts[-1]
-    return INTRO.format(seeds=f"{low}" if low == high else f"{low} to {high}")
+    sizes = Counter(row["family"] for row in verdicts)
+    families = "; ".join(f"{family}, {size}" for family, size in sizes.items())
+    return INTRO.format(seeds=f"{low}" if low == high else f"{low} to {high}", families=families)
 
 
 def build_sections(results, size, verdicts, images):
@@ -528,6 +554,8 @@ def build_sections(results, size, verdicts, images):
 
     return [
         ("Claims and verdicts", "", claims_table(verdicts), []),
+        *pretrained_section(verdicts),
+        ("What only 7B can show", ONLY_LARGE_TEXT, only_large_table(), []),
         ("Tables 1 and 2: retrieval",
          f"Percent of answer tokens right. Trained on lengths up to 64; base: {size.base} steps of "
          f"retrieval; tuned: {size.tuned} steps of other text.",
@@ -544,9 +572,17 @@ def build_sections(results, size, verdicts, images):
          recall_table(results), []),
         ("How far we looked",
          "Training with memory against the same without; loss on its own kind of held-out data "
-         "(less is better), retrieval.",
+         "(less is better), retrieval. No claim stands on these runs, so most have fewer seeds.",
          far_table(results), []),
         ("Inside the memory", "", None, pictures("inner", "order", "where"))]
+
+
+def pretrained_section(verdicts):
+    """The section of pretrained bases, in a list; an empty list if none was tried."""
+    rows = pretrained_rows(verdicts)
+    text = ("Rows of results/ladder.json, each below the toy's row with the same words. The rows "
+            "of one base are a family.")
+    return [("A pretrained base", text, claims_table(rows), [])] if rows else []
 
 
 def build_summary(title, intro, sections):
@@ -559,16 +595,27 @@ def build_summary(title, intro, sections):
     return out
 
 
-def values_of(results, size, verdicts):
+def numbers_of(results):
+    """Every number of every run, with five digits: {run: [{key: number} of each seed]}."""
+    return {run: [{key: round(x, 5) for key, x in measures.items() if isinstance(x, float)}
+                  if measures else None for measures in seeds] for run, seeds in results.items()}
+
+
+def write_study(name, page, results, verdicts, folder, first_seed):
+    """Write the page of a study and its numbers, NAME.md and NAME.json, and print the verdicts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / f"{name}.md", page)
+    write_json(folder / f"{name}.json", {"first seed": first_seed, "torch": torch.__version__,
+                                         "claims": verdicts, "runs": numbers_of(results)})
+    print(to_markdown(claims_table(verdicts)))
+    print(f"\n{folder}/{name}.md holds the page, {name}.json the numbers")
+
+
+def values_of(results, size, verdicts, first_seed):
     """What values.json holds: every number of every run, and the claims."""
-    numbers = {}
-    for run, seeds in results.items():
-        numbers[run] = [
-            {key: round(x, 5) for key, x in measures.items() if isinstance(x, float)}
-            if measures else None for measures in seeds]
-    return {"size": size._asdict(), "torch": torch.__version__,
+    return {"size": size._asdict(), "first seed": first_seed, "torch": torch.__version__,
             "python": platform.python_version(), "machine": platform.machine(),
-            "claims": verdicts, "runs": numbers}
+            "claims": verdicts, "runs": numbers_of(results)}
 
 
 def lists_of(results):
@@ -580,15 +627,15 @@ def lists_of(results):
                            for measures in seeds] for run, seeds in drawn.items()}}
 
 
-def write_report(results, size, folder):
+def write_report(results, size, folder, first_seed=0):
     """Write the report into the folder and print the verdicts. Returns the path of the page."""
     verdicts, images = judge_claims(results), draw_pictures(results, size)
-    title, intro = "MemDLM's claims on the toy", write_intro(results)
+    title, intro = "MemDLM's claims on the toy", write_intro(results, verdicts)
     sections = build_sections(results, size, verdicts, images)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "report.html", build_page(title, intro, sections))
     write_text(folder / "summary.md", build_summary(title, intro, sections))
-    write_json(folder / "values.json", values_of(results, size, verdicts))
+    write_json(folder / "values.json", values_of(results, size, verdicts, first_seed))
     write_json(folder / "curves.json", lists_of(results))
     for name, (_, png) in images.items():
         write_whole(folder / f"{name}.png", lambda path, png=png: path.write_bytes(png))
@@ -596,3 +643,26 @@ def write_report(results, size, folder):
     print(f"\n{folder}/report.html holds the tables and pictures, summary.md the tables, "
           "values.json the numbers")
     return folder / "report.html"
+
+
+def judge_again(path):
+    """Judge the claims of an earlier report anew, from its values.json, without any run.
+
+    The file is written again, and its tables beside it, as .md. The differences stay as they are.
+    """
+    values = read_json(path)
+    try:
+        size = SimpleNamespace(**values["size"])
+        results, rows = values["runs"], [dict(row) for row in values["claims"]]
+        families = {(claim.text, *claim.first): claim.family for claim in CLAIMS}
+        for row in rows:
+            row.setdefault("family", families.get((row["claim"], *row["first"]), ""))
+        values["claims"] = verdicts = judge_rows(rows)
+        sections = build_sections(results, size, verdicts, {})
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is no values.json of a report of the claims") from None
+    title, intro = "MemDLM's claims on the toy", write_intro(results, verdicts)
+    write_json(path, values)
+    write_text(path.with_suffix(".md"), build_summary(title, intro, sections))
+    print(to_markdown(claims_table(verdicts)))
+    print(f"\n{path} and {path.with_suffix('.md')} have the verdicts of today")

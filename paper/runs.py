@@ -1,7 +1,7 @@
 """The runs that test the paper's claims on the toy: which there are, and the work through them.
 
-    python evaluate.py claims            everything: five paired seeds, under two hours on two cores
-    python evaluate.py claims --quick    the same in small: three seeds, under ten minutes
+    python evaluate.py claims            everything: five paired seeds, about an hour on two cores
+    python evaluate.py claims --quick    the same in small: three seeds, under five minutes
 
 Most claims are about a model that was trained with memory, compared with one that was not. There
 are two settings in which both are trained, and one of ours.
@@ -36,6 +36,7 @@ from tqdm import tqdm
 from console import last_words
 from files import write_json
 from paper.measures import MEASURES, read_training_curve
+from paper.variants import AT_THE_PACE_OF, tune
 from runs import hold_run, open_run, read_settings
 from settings import WRITTEN_FROM, Settings
 from train import Diverged, Processes, train
@@ -63,11 +64,15 @@ class Run(NamedTuple):
     """One model to train: its settings, and the names of what is measured on it."""
     settings: dict
     measures: tuple
+    variant: str = ""  # a way to train that no setting names: see variants.py
+    seeds: int = 100   # at most so many
 
 
 OFF = dict(memory=False)
+FAR_SEEDS = 3  # of runs that no claim is about
 LORA = dict(toy_lora=True, lora_rank=8, lora_alpha=16.0)
-SHORT = ("retrieval_short", "nats_short")  # what a variant is measured by
+SHORT = ("retrieval_short", "nats_short")  # what most runs are measured by
+LONGER = ("retrieval_short", "retrieval_further", "nats_short")
 
 # The paper's ablations of training: name of the run -> what it changes in the tuned MemDLM.
 ABLATIONS = {
@@ -120,9 +125,12 @@ def plan_runs(size):
     A run whose settings name another run in `from_run` starts from the weights of that one.
     """
     runs = main_runs(size) | lora_runs(size)
-    runs |= {name: Run(tuned_recipe(size) | change, SHORT) for name, change in ABLATIONS.items()}
+    runs |= {name: Run(tuned_recipe(size) | change, ("retrieval_short",))
+             for name, change in ABLATIONS.items()}
     if size.far:
-        runs |= far_tuned_runs(size) | larger_base_runs(size) | far_scratch_runs(size)
+        far = far_tuned_runs(size) | far_scratch_runs(size)
+        runs |= larger_base_runs(size)
+        runs |= {name: run._replace(seeds=FAR_SEEDS) for name, run in far.items()}
     return runs
 
 
@@ -130,18 +138,19 @@ def main_runs(size):
     """The three settings, each with memory and without."""
     tuned, scratch, closed = tuned_recipe(size), scratch_recipe(size), closed_recipe(size)
     half, same_compute = size.tuned // 2, int(size.scratch * 1.8)
-    tuned_measures = ("retrieval", "nats", "exposure", "bins")
+    tuned_measures = ("nats", "exposure", "bins", "attention")
     scratch_measures = ("nats", "exposure", "bins", "order")
     return {
-        "base": Run(base_recipe(size), ("retrieval",)),
-        "mdlm": Run(tuned | OFF, tuned_measures),
-        "memdlm": Run(tuned, (*tuned_measures, "anchor_ratios", "inner", "where", "needle")),
+        "base": Run(base_recipe(size), ("retrieval_plain",)),
+        "mdlm": Run(tuned | OFF, ("retrieval_own", *tuned_measures)),
+        "memdlm": Run(tuned, ("retrieval", *tuned_measures, "anchor_ratios", "inner", "where",
+                              "needle")),
         "mdlm, lr x 0.5": Run(tuned | OFF | dict(lr=5e-4), SHORT),
         "mdlm, lr x 0.3": Run(tuned | OFF | dict(lr=3e-4), SHORT),
         "mdlm, half the steps": Run(tuned | OFF | dict(steps=half), SHORT),
-        "scratch mdlm": Run(scratch | OFF, scratch_measures),
+        "scratch mdlm": Run(scratch | OFF, (*scratch_measures, "nats_cover")),
         "scratch memdlm": Run(scratch, (*scratch_measures, "inner")),
-        "scratch mdlm, same compute": Run(scratch | OFF | dict(steps=same_compute), ("nats",)),
+        "scratch mdlm, same compute": Run(scratch | OFF | dict(steps=same_compute), ("nats_short",)),
         "closed memdlm": Run(closed, ("recall", "needle")),
         "closed mdlm": Run(closed | OFF, ("recall",)),
         "open mdlm": Run(closed | OFF | dict(closed_book=False), ("recall",)),
@@ -153,8 +162,8 @@ def lora_runs(size):
     with_memory = tuned_recipe(size) | LORA
     without = with_memory | OFF
     return {
-        "lora mdlm": Run(without, ("retrieval", "nats")),
-        "lora memdlm": Run(with_memory, ("retrieval", "nats")),
+        "lora mdlm": Run(without, (*LONGER, "attention")),
+        "lora memdlm": Run(with_memory, (*LONGER, "attention")),
         "lora mdlm, lr x 0.5": Run(without | dict(lr=5e-4), SHORT),
         "lora mdlm, lr x 2": Run(without | dict(lr=2e-3), SHORT),
         "lora mdlm, same compute": Run(without | dict(steps=int(size.tuned * 2.4)), SHORT),
@@ -185,9 +194,9 @@ def larger_base_runs(size):
     for what, layers, steps in (("4 layers", 4, size.base), ("3 x steps", 2, 3 * size.base)):
         base = base_recipe(size) | dict(layers=layers, steps=steps)
         tuned = tuned_recipe(size) | LORA | dict(from_run=f"base, {what}", layers=layers)
-        runs |= {f"base, {what}": Run(base, ("retrieval",)),
-                 f"lora mdlm, {what}": Run(tuned | OFF, ("retrieval", "nats")),
-                 f"lora memdlm, {what}": Run(tuned, ("retrieval", "nats"))}
+        runs |= {f"base, {what}": Run(base, ("retrieval_short",)),
+                 f"lora mdlm, {what}": Run(tuned | OFF, LONGER),
+                 f"lora memdlm, {what}": Run(tuned, LONGER)}
     slower = runs["lora mdlm, 4 layers"].settings | dict(lr=5e-4)
     return runs | {"lora mdlm, 4 layers, lr x 0.5": Run(slower, SHORT)}
 
@@ -204,7 +213,13 @@ def far_scratch_runs(size):
         "scratch mdlm, wide": OFF | dict(width=128),
         "scratch memdlm, wide": dict(width=128),
     }
-    return runs | {name: Run(scratch | change, ("nats",)) for name, change in changes.items()}
+    return runs | {name: Run(scratch | change, ("nats_short",))
+                   for name, change in changes.items()}
+
+
+def needs_of(run):
+    """Names of the runs that must be finished before this one: its base, and who sets its pace."""
+    return [run.settings.get("from_run"), run.variant.partition(AT_THE_PACE_OF)[2]]
 
 
 def run_folder(folder, seed, name):
@@ -231,7 +246,7 @@ def estimate_cost(run):
 
 # ---- One run ------------------------------------------------------------------------------------
 
-def train_and_measure(s, measures, folder, size):
+def train_and_measure(s, measures, folder, size, variant=""):
     """Train one model, measure it and write measures.json, in a process of its own.
 
     All that it prints goes to log.txt in its folder. A run whose loss did not stay finite has
@@ -243,14 +258,17 @@ def train_and_measure(s, measures, folder, size):
             open(folder / "log.txt", "w", encoding="utf-8", errors="backslashreplace") as log, \
             contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            train(s, folder, can_resume(folder, s), SimpleNamespace(signal=None), Processes())
+            if variant:
+                out |= tune(s, folder, variant)
+            else:
+                train(s, folder, can_resume(folder, s), SimpleNamespace(signal=None), Processes())
         except Diverged:
             out["diverged"] = 1.0
         except SystemExit:
             raise ValueError(f"{folder} could not be trained; its log.txt says why") from None
         else:
             _, _, model = open_run(folder)
-            out |= read_training_curve(folder)
+            out |= {} if variant else read_training_curve(folder)
             for name in measures:
                 out |= MEASURES[name](s, model, size)
         write_json(folder / "measures.json", out)
@@ -275,26 +293,40 @@ def read_measures(folder, s):
 
 # ---- All runs -----------------------------------------------------------------------------------
 
-def run_all(size, folder, jobs, seeds, only=None):
+def run_all(size, folder, jobs, seeds, only=None, plan=None, first_seed=0):
     """Train and measure what is not finished yet, `jobs` runs at a time.
 
-    only: names of runs, in place of all that are planned.
+    only: names of runs, in place of all that are planned. plan: other runs than the claims'.
     Returns {name: [the measures of each seed]}.
     """
-    runs = {name: run for name, run in plan_runs(size).items() if only is None or name in only}
+    plan, seeds = plan or plan_runs(size), range(first_seed, first_seed + seeds)
+    runs = {name: run for name, run in plan.items() if only is None or name in only}
 
     def read(name, seed):
         s = settings_of(runs[name], seed, folder)
         return read_measures(run_folder(folder, seed, name), s)
 
-    todo = {(name, seed): runs[name] for seed in range(seeds) for name in runs
+    todo = {(name, seed): run for name, run in runs.items() for seed in seeds[:run.seeds]
             if read(name, seed) is None}
     total = round(sum(estimate_cost(run) for run in todo.values()))
     bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=total, unit="", bar_format=bar_format, disable=not todo) as bar, \
             worker_pool(jobs) as pool:
         work_through(todo, folder, size, jobs, pool, bar)
-    return {name: [read(name, seed) for seed in range(seeds)] for name in runs}
+    return {name: [read(name, seed) for seed in seeds[:run.seeds]] for name, run in runs.items()}
+
+
+def run_parts(plan, parts, size, folder, jobs, first_seed):
+    """Work through parts of a plan, (names of runs, number of seeds) each.
+
+    Yields all results so far after each part, as `run_all` returns them.
+    """
+    results = {}
+    for names, seeds in parts:
+        some = run_all(size, folder, jobs, seeds, names, plan, first_seed)
+        results |= {name: measures for name, measures in some.items()
+                    if len(measures) >= len(results.get(name, ()))}
+        yield results
 
 
 def work_through(todo, folder, size, jobs, pool, bar):
@@ -306,7 +338,8 @@ def work_through(todo, folder, size, jobs, pool, bar):
             run = todo.pop((name, seed))
             with block_interrupts():  # until a new process ignores them by itself
                 future = pool.submit(train_and_measure, settings_of(run, seed, folder),
-                                     run.measures, run_folder(folder, seed, name), size)
+                                     run.measures, run_folder(folder, seed, name), size,
+                                     run.variant)
             running[future] = name, seed, run
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in finished:
@@ -317,13 +350,13 @@ def work_through(todo, folder, size, jobs, pool, bar):
 
 
 def pick_next(todo, busy):
-    """The runs that may start now, because the base of each is there. [(name, seed)]
+    """The runs that may start now, because what each needs is there. [(name, seed)]
 
     Bases come first, then the longest runs, so that the end does not wait for one of them.
     """
     unfinished = busy | todo.keys()
     ready = [(name, seed) for (name, seed), run in todo.items()
-             if (run.settings.get("from_run"), seed) not in unfinished]
+             if not any((other, seed) in unfinished for other in needs_of(run))]
     return sorted(ready, key=lambda key: ("base" not in key[0], -estimate_cost(todo[key])))
 
 
@@ -364,11 +397,11 @@ def begin_worker():
     tqdm.set_lock(threading.RLock())
 
 
-def run_claims(quick, jobs, seeds, out):
+def run_claims(quick, jobs, seeds, out, first_seed=0):
     """Do all of it: runs, verdicts, report. Returns the path of the report."""
     from paper.report import write_report
     name = "quick" if quick else "full"
     size, folder = SIZES[name], Path(out) / name
     with last_words("stopped; the same command goes on with what is left"):
-        results = run_all(size, folder, jobs, seeds or size.seeds)
-    return write_report(results, size, folder)
+        results = run_all(size, folder, jobs, seeds or size.seeds, first_seed=first_seed)
+    return write_report(results, size, folder, first_seed)

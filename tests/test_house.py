@@ -17,7 +17,7 @@ FLOORS = [
     {"memdlm"},
     {"files", "console", "colors"},
     {"data"},
-    {"toy", "backbones"},
+    {"toy", "backbones", "objectives"},
     {"settings"},
     {"runs"},
     {"compare", "pages", "memory", "cards", "trackers"},
@@ -29,8 +29,8 @@ HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 # What takes seconds to import, or is not installed for everyone.
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "huggingface_hub", "lm_eval", "matplotlib",
-         "nbclient", "nltk", "peft", "safetensors", "tensorboard", "tokenizers", "transformers",
-         "wandb"}
+         "nbclient", "nltk", "peft", "safetensors", "scipy", "tensorboard", "tokenizers",
+         "transformers", "wandb"}
 
 
 def module_name(path):

@@ -2,7 +2,9 @@
 
 At the end the runs themselves, in tiny.
 """
+import itertools
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -10,30 +12,83 @@ import torch
 
 import evaluate
 from paper import runs
-from paper.claims import CLAIMS, T95, judge, judge_claims, subtract, summarise
-from paper.report import FAR, PAPER, build_page, write_report
+from paper.claims import (
+    CLAIMS, correct, judge, judge_claims, judge_rows, quantiles, subtract, summarise, weigh,
+)
+from paper.report import FAR, PAPER, build_page, judge_again, write_report
 
 TINY = runs.Size(2, 2, 2, 2, 2, 3, (20, 24, 32, 40), True)
 
 
 # ---- Statistics ---------------------------------------------------------------------------------
 
-def test_quantiles_of_t_hold_95_percent():
-    for freedom, t in T95.items():
-        x = torch.linspace(0, t, 200_001, dtype=torch.float64)
-        density = (1 + x * x / freedom) ** (-(freedom + 1) / 2)
-        above = torch.lgamma(torch.tensor((freedom + 1) / 2))
-        scale = (above - torch.lgamma(torch.tensor(freedom / 2))).exp()
-        half = float(torch.trapezoid(density, x)) * float(scale)
-        inside = 2 * half / (freedom * torch.pi) ** 0.5
-        assert abs(inside - 0.95) < 5e-5, freedom
+def share_of_t_within(half, freedom):
+    """How much of Student's t lies within +-half: the integral of its density, by hand."""
+    x = torch.linspace(0, half, 200_001, dtype=torch.float64)
+    density = (1 + x * x / freedom) ** (-(freedom + 1) / 2)
+    above, below = (torch.tensor(n / 2, dtype=torch.float64) for n in (freedom + 1, freedom))
+    scale = (torch.lgamma(above) - torch.lgamma(below)).exp() / (freedom * torch.pi) ** 0.5
+    return 2 * float(torch.trapezoid(density, x) * scale)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 4, 7, 30])
+def test_quantiles_of_t_hold_95_percent(freedom):
+    assert abs(share_of_t_within(quantiles(freedom)[0], freedom) - 0.95) < 1e-6
+
+
+@pytest.mark.parametrize("n", [3, 5, 8])
+def test_the_smallest_effect_that_could_be_seen_is_seen_four_times_in_five(n):
+    effect = quantiles(n - 1)[1] / n ** 0.5  # in standard deviations
+    noise = torch.randn(20_000, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    x = noise + effect
+    t = x.mean(1) / (x.std(1) / n ** 0.5)
+    assert abs((t > quantiles(n - 1)[0]).double().mean() - 0.8) < 0.01
 
 
 def test_a_summary_by_hand():
     mean, error, half = summarise([1.0, 2.0, 6.0])  # variance 7, standard error sqrt(7 / 3)
     assert mean == 3
     assert abs(error - (7 / 3) ** 0.5) < 1e-12
-    assert abs(half - 4.303 * (7 / 3) ** 0.5) < 1e-12
+    assert abs(half - 4.302653 * (7 / 3) ** 0.5) < 1e-5
+
+
+def test_the_p_of_a_claim_by_hand():
+    differences = [0.04, -0.01, 0.02, 0.05, 0.01]
+    mean, error, _ = summarise(differences)
+    outside = 1 - share_of_t_within(mean / error, 4)
+    assert weigh(differences, "more")[0] == pytest.approx(outside, abs=1e-6)
+    assert weigh(differences, "less") == (weigh(differences, "more")[0], "reversed")
+    # "the same" is as likely as the nearer of the two edges allows: 0.02 here.
+    near = [x - mean + 0.004 for x in differences]
+    outside = 1 - share_of_t_within((0.02 - 0.004) / error, 4)
+    assert weigh(near, "same") == (pytest.approx(outside, abs=1e-6), "reproduced")
+
+
+def test_holm_against_all_subsets():
+    """A claim's raised p is the worst of the plain n p_min over all subfamilies that hold it."""
+    rng = random.Random(0)
+    for n in (1, 2, 3, 5):
+        for _ in range(20):
+            chances = [rng.choice([rng.random(), rng.random() / 50, 0.01]) for _ in range(n)]
+            by_hand = [max(min(1, len(some) * min(chances[j] for j in some))
+                           for size in range(1, n + 1)
+                           for some in itertools.combinations(range(n), size) if i in some)
+                       for i in range(n)]
+            assert correct(chances) == pytest.approx(by_hand)
+    assert correct([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert correct([]) == []
+
+
+def test_each_family_is_corrected_by_itself():
+    found = [0.1, 0.12, 0.11, 0.04]  # p = .013
+    rows = [dict(family=family, expect="more", differences=differences)
+            for family, differences in (("small", found), ("large", found), ("large", [0.1] * 1),
+                                        *[("large", [0.1, -0.1, 0.2, -0.2])] * 4)]
+    small, large, once, *_ = judge_rows(rows)
+    assert small["verdict"] == small["alone"] == large["alone"] == "reproduced"
+    assert small["holm"] == small["p"] and large["holm"] == pytest.approx(5 * small["p"])
+    assert large["verdict"] == "not reproduced"
+    assert once["verdict"] == "not run" and "p" not in once
 
 
 @pytest.mark.parametrize("differences, expect, verdict", [
@@ -129,6 +184,24 @@ def test_the_page_of_results_quotes_the_summary():
     section = page.split("\n## 5. ")[1].split("\n## ")[0]
     quoted = [line for line in section.splitlines() if line.startswith("| ") and "±" in line]
     assert len(quoted) > 60 and all(line in whole for line in quoted)
+
+
+def test_an_earlier_report_is_judged_anew(tmp_path, capsys):
+    before = Path(__file__).parent.parent / "results" / "paper_toy.json"
+    path = tmp_path / "values.json"
+    values = json.loads(before.read_text())
+    for row in values["claims"]:  # as reports were before
+        for key in ("family", "p", "holm", "seen", "alone"):
+            del row[key]
+        row["verdict"] = "?"
+    path.write_text(json.dumps(values))
+    judge_again(path)
+    assert path.read_text() == before.read_text()
+    assert path.with_suffix(".md").read_text() == before.with_suffix(".md").read_text()
+    assert "p, Holm" in capsys.readouterr().out
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="no values.json"):
+        judge_again(path)
 
 
 # ---- The runs -----------------------------------------------------------------------------------
