@@ -346,6 +346,8 @@ def row_labels(experiment):
 def name_of(s):
     """A run's name in the table."""
     method = f"MemDLM, memory of the {s.memory_from}" if s.memory else "MDLM"
+    method += ", second order" if s.order == "second" else ""
+    method += f", {s.objective}" if s.objective != "mdlm" else ""
     return f"{method}, {'closed book' if s.closed_book else 'sees the prompt'}"
 
 

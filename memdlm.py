@@ -44,7 +44,7 @@ what this file asks of a model; toy/model.py is one. For the inner loop worked o
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple, Protocol
 from zlib import crc32
@@ -52,6 +52,7 @@ from zlib import crc32
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 # ---- 1. Settings --------------------------------------------------------------------------------
@@ -71,6 +72,8 @@ class Settings:
     closed_book: bool = setting("method", False, "predict the response without sight of the "
         "prompt (an extension: phi alone can carry the prompt then)")
     per_sample: bool = setting("method", False, "in training, one phi per sample, not per batch")
+    order: str = setting("method", "first", "to theta's gradient phi is a constant (first); or the "
+        "gradient goes through the inner loop (second, an extension)", ["first", "second"])
     min_t: float = setting("method", 1e-3, "smallest noise level in training", low=1e-9, high=1)
     trajectory: str = setting("inner loop", "consistent", "states of the inner loop: consistent "
         "(the paper), pre_only, anchor_only, inconsistent, or cover:K (an extension: K masks that "
@@ -92,8 +95,7 @@ class Settings:
     layer_fraction: float = setting("inner loop", 0.10, "fast weights act on this last share of "
         "the layers, at least on one", low=1e-9, high=1)
     scope: str = setting("inner loop", "ffn", "matrices phi acts on", ["ffn", "ffn+attn"])
-    adapter: str = setting("inner loop", "lora", "phi is low-rank or a full matrix",
-        ["lora", "full"])
+    adapter: str = setting("inner loop", "lora", "phi is low-rank or full rank", ["lora", "full"])
     rank: int = setting("inner loop", 32, "r, rank of phi", low=1, high=1 << 16)
     alpha: float = setting("inner loop", 64.0, "phi acts times alpha / r", low=0, high=1e9)
 
@@ -120,10 +122,10 @@ class MemDLM(nn.Module):
         """MemDLM. Eq. 9: the same, given phi_K, which is a constant here (first order, Eq. 10)."""
         h = lower_layers(self.backbone, self.s, xt, batch.valid)
         write = WRITE_FROM[self.s.memory_from]
-        phi, record = write(self.backbone, self.s, batch, t, xt, masked, h.detach())
+        phi, record = write(self.backbone, self.s, batch, t, xt, masked, h)
         # Eq. 5:  min_theta E[ omega(t) sum_{i in M_t} -log p_{theta, phi_K}(x_0^i | x_t) ]
         # Differs: the published phi still requires gradients here; they are computed for nothing
-        # and enter the norm by which theta's gradient is clipped. Ours is a constant.
+        # and enter the norm by which theta's gradient is clipped. Ours is a constant; see `order`.
         top = upper_layers(self.backbone, self.s, h, batch.valid, phi, masked)
         return token_nll(self.backbone, top, batch.x0, masked), record, h
 
@@ -135,13 +137,12 @@ class MemDLM(nn.Module):
         Differs: the published code reports only the loss with memory. phi has seen these very
         answers, so that loss does not compare with the baseline's. Ours has both.
         """
-        # Eq. 1, with t ~ U(min_t, 1).
-        t = self.s.min_t + (1 - self.s.min_t) * uniform(batch.seeds, "t", 1)[:, 0]
+        t = self.noise_level(uniform(batch.seeds, "t", 1)[:, 0])  # Eq. 1, t ~ U(min_t, 1)
         u = uniform(batch.seeds, "anchor", batch.x0.shape[1])
         xt, masked = corrupt(batch.x0, batch.maskable, t, u, self.backbone.mask_id)
         step = self.memdlm_step if self.s.memory else self.mdlm_step
         nll, record, h = step(batch, t, xt, masked)  # nll [B, L], zero where nothing is masked
-        loss, count = mdlm_loss(nll, t, batch.maskable), masked.sum().clamp(min=1)
+        loss, count = self.outer_loss(nll, t, batch, masked), masked.sum().clamp(min=1)
         record |= {"loss": loss.detach(), "ce": nll.detach().sum() / count, "masked": masked.sum()}
         if report and self.s.memory:
             with torch.no_grad():
@@ -150,6 +151,12 @@ class MemDLM(nn.Module):
             record |= {"loss_without": mdlm_loss(nll, t, batch.maskable),
                        "ce_without": nll.sum() / count}
         return loss, record
+
+    def noise_level(self, u):  # objectives.py has others of these two
+        return self.s.min_t + (1 - self.s.min_t) * u
+
+    def outer_loss(self, nll, t, batch, masked):
+        return mdlm_loss(nll, t, batch.maskable)
 
 
 @dataclass(frozen=True)
@@ -279,7 +286,7 @@ def consistent(s, masked, maskable, t, seeds):
     return masks + [masked, torch.zeros_like(masked)], None
 
 
-def stages(s, x0, masked, maskable, t, seeds, mask_id, weighted):
+def stages(s, x0, masked, maskable, t, seeds, mask_id, weighted=True):
     """The inner loop's stages. weighted: divide each sample's loss by its mask ratio, or not."""
     trajectory = TRAJECTORIES[s.trajectory.partition(":")[0]]
     masks, ratios = trajectory(s, masked, maskable, t, seeds)
@@ -299,34 +306,39 @@ def stages(s, x0, masked, maskable, t, seeds, mask_id, weighted):
 
 # ---- 5. The inner loop (Eq. 6-8) ----------------------------------------------------------------
 
-def inner_loop(backbone, s, path, x0, valid, lower, phi):
+def inner_loop(backbone, s, path, x0, valid, lower, phi, order="first"):
     """Write a path into phi, one SGD step per stage.
 
         stage 1   the  _   _  on the  _   --phi_0-->  loss at 3 masks  --SGD-->  phi_1
         stage 2   the cat  _  on the  _   --phi_1-->  loss at 2 masks  --SGD-->  phi_2
 
-    lower(x): hidden states [B, L, D] of x below the first fast layer, without gradient.
+    lower(x): hidden states [B, L, D] of x below the first fast layer.
+    order: with "second", an extension, phi_K keeps the graph of its steps and theta's gradient goes
+    through them, as in MAML (1703.03400) and, with autoregressive models, GradMem (2603.13875).
     Returns phi_K and a record: `inner` [K], the mean loss at the start of each stage, and
     `skipped`, the number of steps not taken because they were not finite.
     """
-    losses, skipped = [], 0
+    second, losses, skipped = order == "second" and torch.is_grad_enabled(), [], 0
+    cut = (lambda w: w) if second else torch.Tensor.detach
     for stage in path:
-        phi = {name: tuple(w.detach().requires_grad_() for w in pair) for name, pair in phi.items()}
-        tensors = [w for pair in phi.values() for w in pair]
-        with torch.enable_grad():
-            loss = stage_loss(backbone, s, stage, x0, valid, lower, phi)  # [G]
-            grads = torch.autograd.grad(loss.sum(), tensors)
-        phi, taken = sgd_step(s, phi, grads, loss.detach())
+        with torch.set_grad_enabled(second):
+            phi = {name: tuple(cut(w).requires_grad_() for w in pair) for name, pair in phi.items()}
+            tensors, h = [w for pair in phi.values() for w in pair], cut(lower(stage.x))
+            # Fused attention has no second derivative.
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if second else nullcontext():
+                loss = stage_loss(backbone, s, stage, x0, valid, lower, h, phi)  # [G]
+                grads = torch.autograd.grad(loss.sum(), tensors, create_graph=second)
+            phi, taken = sgd_step(s, phi, grads, loss.detach())
         losses.append(loss.detach().mean())
         skipped = skipped + (~taken).sum()
     return phi, {"inner": torch.stack(losses), "skipped": skipped}
 
 
-def stage_loss(backbone, s, stage, x0, valid, lower, phi):
-    """The loss of one stage under phi: one number for each phi, [G]."""
+def stage_loss(backbone, s, stage, x0, valid, lower, h, phi):
+    """The loss of one stage under phi: one number for each phi, [G]. h: what is below phi."""
     targets = stage.targets
     need = targets if targets.any() else None  # without targets: a gradient of zero, not none
-    h = upper_layers(backbone, s, lower(stage.x), valid, phi, need)
+    h = upper_layers(backbone, s, h, valid, phi, need)
     rows = [rows_at(h, targets), to_device(x0[targets], h)]
     if s.inner_loss != "ce":  # self-distillation: the teacher sees the next state
         with torch.no_grad():
@@ -346,13 +358,12 @@ def sgd_step(s, phi, grads, loss):
     """One inner step. loss [G], grads like phi's tensors -> the new phi, and taken [G] bool."""
     # Differs: the published code checks the loss alone, and writes a gradient's NaN into phi. Ours
     # leaves a phi as it is unless both are finite.
-    tensors, G = [w.detach() for pair in phi.values() for w in pair], len(loss)
+    tensors, G = [w for pair in phi.values() for w in pair], len(loss)
     # One norm for each matrix and sample: [G], or [G, E] of a stack of E experts.
     norms = [torch.linalg.vector_norm(g, dim=(-2, -1)) for g in grads]
     whole = torch.cat([norm.view(G, -1) for norm in norms], dim=1)  # [G, matrices]
-    taken = loss.isfinite() & whole.isfinite().all(1)  # [G]
+    taken, moved = loss.isfinite() & whole.isfinite().all(1), []  # taken [G]
     rates = (s.inner_lr * clip_factors(s, whole)).split([n[0].numel() for n in norms], dim=1)
-    moved = []
     for w, g, rate, norm in zip(tensors, grads, rates, norms):
         # Eq. 6:  phi_k = phi_{k-1} - eta clip(grad L_inner^(k))
         step = torch.addcmul(w, rate.view(*norm.shape, 1, 1), g, value=-1)
@@ -367,16 +378,12 @@ def write_from_response(backbone, s, batch, t, xt, masked, h):
     def lower(x):
         # Stage 2 and the outer pass read the same anchor: h, what the lower layers make of it, is
         # computed once and used twice. (A pre-anchor that could add no mask is the anchor too.)
-        if torch.equal(x, xt):
-            return h
-        with torch.no_grad():
-            return lower_layers(backbone, s, x, batch.valid)
-    path = stages(s, batch.x0, masked, batch.maskable, t, batch.seeds, backbone.mask_id,
-                  weighted=True)
+        return h if torch.equal(x, xt) else lower_layers(backbone, s, x, batch.valid)
+    path = stages(s, batch.x0, masked, batch.maskable, t, batch.seeds, backbone.mask_id)
     # Differs: 3.1 says "a specific batch", 3.3 "per-sample". The published code shares one phi in
     # each process's micro-batch. So do we by default; it learns about 1 / B as much from a sample.
     phi = fresh_phi(backbone, s, batch.seeds if s.per_sample else batch.seeds[:1])
-    return inner_loop(backbone, s, path, batch.x0, batch.valid, lower, phi)
+    return inner_loop(backbone, s, path, batch.x0, batch.valid, lower, phi, s.order)
 
 
 # ---- 6. Fast weights: plain values, never part of the model -------------------------------------
@@ -419,14 +426,11 @@ def fast_weights(backbone, s, phi):
             return out.add(z, alpha=scale)
         return add_product
     first = first_fast_layer(backbone.num_layers, s.layer_fraction)
-    matrices, handles = backbone.matrices(first, s.scope) if phi else {}, []
-    try:
+    matrices = backbone.matrices(first, s.scope) if phi else {}
+    with ExitStack() as removals:
         for name, pair in (phi or {}).items():
-            handles.append(matrices[name].register_forward_hook(hook_for(pair)))
+            removals.callback(matrices[name].register_forward_hook(hook_for(pair)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def fast_product(x, W):
@@ -494,10 +498,10 @@ def eval_mode(backbone):
             module.training = training
 
 
-def adapt(backbone, s, prompt, valid, seeds):
+def adapt(backbone, s, prompt, valid, seeds, order="first"):
     """Run the inner loop on prompts; every token may be masked. One phi per prompt.
 
-    prompt [B, P] tokens, valid [B, P] bool, seeds: B entries. Returns phi and the loop's record.
+    prompt [B, P] tokens, valid [B, P] bool, seeds: B entries. Returns what `inner_loop` returns.
     Differs: the published code masks with unseeded noise, may mask nothing in a short prompt (then
     nothing is adapted, silently), and leaves dropout on. Ours draws from the seeds, masks at least
     one token, and runs in eval mode.
@@ -505,12 +509,9 @@ def adapt(backbone, s, prompt, valid, seeds):
     masked = at_least_one(valid, uniform(seeds, "prompt anchor", prompt.shape[1]), s.anchor_ratio)
     t = torch.full((len(prompt),), s.anchor_ratio)
     path = stages(s, prompt, masked, valid, t, seeds, backbone.mask_id, weighted=False)
-
-    def lower(x):
-        with torch.no_grad():
-            return lower_layers(backbone, s, x, valid)
+    phi, lower = fresh_phi(backbone, s, seeds), lambda x: lower_layers(backbone, s, x, valid)
     with eval_mode(backbone):
-        return inner_loop(backbone, s, path, prompt, valid, lower, fresh_phi(backbone, s, seeds))
+        return inner_loop(backbone, s, path, prompt, valid, lower, phi, order)
 
 
 # ---- 9. Decoding --------------------------------------------------------------------------------
@@ -661,7 +662,7 @@ def exposure_bias(backbone, s, x0, maskable, valid, seeds, ratios, phi=None):
 
 def write_from_prompt(backbone, s, batch, t, xt, masked, h):
     """Extension: the inner loop that runs at inference, so theta learns to read phi."""
-    return adapt(backbone, s, batch.prompt, batch.prompt_valid, batch.seeds)
+    return adapt(backbone, s, batch.prompt, batch.prompt_valid, batch.seeds, s.order)
 
 
 WRITE_FROM = {"response": write_from_response, "prompt": write_from_prompt}
@@ -716,9 +717,8 @@ TRAJECTORIES = {f.__name__: f for f in (consistent, pre_only, anchor_only, incon
 # under the same phi. The teacher has no gradient and sees the next state. They return [N].
 
 def log_probabilities(head, student, teacher):
-    with torch.no_grad():
-        log_p = head(teacher).float().log_softmax(-1)
-    return log_p, head(student).float().log_softmax(-1)  # the teacher's, the student's
+    log_p, log_q = (head(h).float().log_softmax(-1) for h in (teacher, student))
+    return log_p.detach(), log_q
 
 
 def kl(head, student, target, teacher):

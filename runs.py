@@ -31,7 +31,7 @@ from files import (
     read_tensor, refuse_links, remove_unfinished, write_json, write_tensors, write_text,
     write_whole,
 )
-from memdlm import MemDLM
+from objectives import OBJECTIVES
 from settings import RECIPES, Settings
 
 
@@ -59,7 +59,8 @@ def build_toy(s):
     from toy.model import ToyConfig, ToyDLM
     data = ToyData(s.data, s.prompt_length, s.response_length, s.skip_bad, s.max_records)
     vocab_size, mask_id = data.tokenizer.vocab_size, data.tokenizer.mask_id
-    model = MemDLM(ToyDLM(ToyConfig(vocab_size, mask_id, s.width, s.layers, s.heads), s.seed), s)
+    toy = ToyDLM(ToyConfig(vocab_size, mask_id, s.width, s.layers, s.heads), s.seed)
+    model = OBJECTIVES[s.objective](toy, s)
     if s.toy_lora:
         load_checkpoint(s.from_run, model)
         add_toy_lora(s, model.requires_grad_(False).backbone)
@@ -110,7 +111,7 @@ def build_real(s, training, device, say):
     where = name_part(s.data, len(records) + bad, s.max_records)
     data = ChatData(backbone, records, s.max_length, s.truncate, s.split_seed, where, bad, s.seed,
                     s.skip_bad, s.turns)
-    return data, MemDLM(backbone, s)
+    return data, OBJECTIVES[s.objective](backbone, s)
 
 
 def pick_device(s):
@@ -417,7 +418,8 @@ def find_origin(s):
     """What else makes a run this run: {name: checksum of a file of code or data, or a version}."""
     here = Path(__file__).parent
     wing = here / ("toy" if s.model == "toy" else "backbones")
-    code = [here / "memdlm.py", here / "data.py", here / "train.py", *sorted(wing.glob("*.py"))]
+    code = [here / f"{name}.py" for name in ("memdlm", "objectives", "data", "train")]
+    code += sorted(wing.glob("*.py"))
     origin = {"torch": torch.__version__}
     origin |= {path.relative_to(here).as_posix(): file_checksum(path) for path in code}
     if s.data in ("python", "pydoc"):

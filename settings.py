@@ -20,6 +20,7 @@ from backbones.config import ATTENTION
 from console import printable
 from files import nearest
 from memdlm import setting
+from objectives import OBJECTIVES
 
 GROUPS = {  # what --help says of each group of settings
     "method": "how the model is trained with memory",
@@ -66,6 +67,9 @@ class Settings(memdlm.Settings):
     weight_decay: float = setting("optimisation", 0.0, "of the outer AdamW", low=0, high=1e3)
     grad_clip: float = setting("optimisation", 1.0, "norm at which the gradient of theta is "
         "clipped; phi has no part in it", low=0, high=math.inf)
+    objective: str = setting("optimisation", "mdlm", "the outer loss: mdlm (the paper), or one "
+        "said to help against exposure bias: papl (planner-aware weights), own (also learn from "
+        "own predictions), bell (middle noise levels more often)", list(OBJECTIVES))
     optimizer: str = setting("optimisation", "adamw", "AdamW, or bitsandbytes' with 8-bit moments, "
         "which may live in the host's memory (paged)", ["adamw", "adamw8bit", "paged_adamw8bit"])
 
@@ -156,6 +160,22 @@ class Settings(memdlm.Settings):
             raise ValueError("--from-run is for the toy; a real model starts --from-adapter")
         if self.merge and not self.from_adapter:
             raise ValueError("--merge needs --from-adapter")
+        self._check_training()
+
+    def _check_training(self):
+        """ValueError where order or objective do not go with the rest."""
+        if self.order == "second" and self.model != "toy":
+            raise ValueError("--order second is for the toy: a real model takes the gradients of "
+                             "its logits at once, to save memory, and these have no second "
+                             "derivative")
+        if self.order == "second" and not self.memory:
+            raise ValueError("--order second goes through the inner loop, which --no-memory leaves "
+                             "out")
+        if self.order == "second" and self.inner_loss != "ce":
+            raise ValueError(f"--order second needs --inner-loss ce: {self.inner_loss} has a "
+                             "teacher that is a constant, so the gradient would not be exact")
+        if self.objective == "own" and self.memory:
+            raise ValueError("--objective own is a baseline without memory: add --no-memory")
         if self.closed_book and self.data in ("languages", "python", "pydoc"):
             raise ValueError(f"--closed-book leaves no question in {self.data}; use it with "
                              "--data dictionary")
@@ -207,7 +227,7 @@ def control_settings(s):
 
     The masks are the same too, unless the memory's book is closed: then its samples are shorter.
     """
-    return replace(s, memory=False, closed_book=False)
+    return replace(s, memory=False, closed_book=False, order="first")
 
 
 def names_of(*groups):

@@ -372,7 +372,9 @@ def announce(s, folder, data, parameters, processes):
     book = "closed" if s.closed_book else "open"
     samples = s.batch * s.accumulate * processes.count
     share = f", {processes.count} processes" if processes.count > 1 else ""
-    say(fold(f"{folder}: {weights:,} trained weights, {memory}, {book} book, {s.steps} steps of "
+    memory += ", second-order gradient" if s.order == "second" else ""
+    book += f" book, objective {s.objective}" if s.objective != "mdlm" else " book"
+    say(fold(f"{folder}: {weights:,} trained weights, {memory}, {book}, {s.steps} steps of "
              f"{samples} samples{share}"))
     sys.stdout.flush()
 

@@ -115,7 +115,7 @@ def phi_bytes(network, config, s):
 
 def plan_activations(config, s, length, wide, device):
     """What autograd keeps of the layers, a chunk of logits, and an allowance."""
-    tokens = s.batch * length
+    tokens = s.batch * length * (2 if s.objective == "own" else 1)  # own: two passes at a time
     first = memdlm.first_fast_layer(config.layers, s.layer_fraction)
     upper = config.layers - first
 

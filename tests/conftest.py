@@ -42,6 +42,32 @@ def cli(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def train_into(tmp_path, monkeypatch):
+    """train_into(name, s) trains a run into that folder and returns the folder.
+
+    stop_after: the number of steps after which Ctrl-C is pressed.
+    """
+    import train
+    monkeypatch.setattr(train, "draw_losses", lambda folder: None)
+
+    def run(name, s, resume=False, stop_after=None):
+        folder, asked = tmp_path / name, []
+
+        class Stop:
+            @property
+            def signal(self):
+                asked.append(1)
+                return 2 if len(asked) == stop_after else None
+
+        try:
+            train.train(s, folder, resume, Stop(), train.Processes())
+        except SystemExit:
+            assert stop_after
+        return folder
+    return run
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
     """The folder that holds a tiny checkpoint of each family, written once. Do not change them."""

@@ -17,7 +17,7 @@ FLOORS = [
     {"memdlm"},
     {"files", "console"},
     {"data"},
-    {"toy", "backbones"},
+    {"toy", "backbones", "objectives"},
     {"settings"},
     {"runs"},
     {"compare", "pages"},

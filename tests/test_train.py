@@ -24,31 +24,6 @@ SMALL = dict(data="retrieval", width=16, layers=1, heads=2, steps=5, batch=2, ac
              memory=False, control=False, log_every=3, sample_every=0, threads=1)
 
 
-@pytest.fixture
-def train_into(tmp_path, monkeypatch):
-    """train_into(name, s) trains a run into that folder and returns the folder.
-
-    stop_after: the number of steps after which Ctrl-C is pressed.
-    """
-    monkeypatch.setattr(train, "draw_losses", lambda folder: None)
-
-    def run(name, s, resume=False, stop_after=None):
-        folder, asked = tmp_path / name, []
-
-        class Stop:
-            @property
-            def signal(self):
-                asked.append(1)
-                return 2 if len(asked) == stop_after else None
-
-        try:
-            train.train(s, folder, resume, Stop(), train.Processes())
-        except SystemExit:
-            assert stop_after
-        return folder
-    return run
-
-
 def read_metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
