@@ -1,4 +1,4 @@
-"""Compare, measure and test trained models: one door to seven kinds of evaluation.
+"""Compare, measure and test trained models: one door to every evaluation.
 
     python evaluate.py                        compare the latest run with its control
     python evaluate.py compare RUN ...        compare runs of the same data, with the controls that
@@ -9,6 +9,7 @@
     python evaluate.py claims                 every claim of the paper on the toy, with verdicts
     python evaluate.py conversion             six ways from left to right to diffusion, compared
     python evaluate.py pretrained             the paper's claims on a pretrained base
+    python evaluate.py order                  first and second order: how much phi can recall
     python evaluate.py lm_eval ...            lm-evaluation-harness's own command line
 
 `python evaluate.py COMMAND --help` says what each takes. Command lines from the time before the
@@ -176,6 +177,20 @@ def pretrained(arguments, changes):
     run_pretrained(arguments.seeds or SEEDS)
 
 
+def add_order_flags(parser):
+    parser.add_argument("settings", nargs="*", help="how the names of the settings to run begin: "
+                        "headline, steps, lever, paper [default all]")
+
+
+def order(arguments, changes):
+    """Compare the outer gradients of first and second order on the toy's closed book.
+
+    A second call goes on where the first was stopped. See paper/order.py.
+    """
+    from paper.order import run_order
+    run_order(arguments.settings)
+
+
 # ---- The door -----------------------------------------------------------------------------------
 
 # name -> what runs the command, what adds its flags. What runs it takes the parsed arguments, and
@@ -184,7 +199,7 @@ COMMANDS = {"compare": (compare, add_compare_flags), "exposure": (exposure, add_
             "tasks": (tasks, add_tasks_flags), "paper": (paper, add_paper_flags),
             "claims": (claims, add_claims_flags),
             "conversion": (conversion, add_conversion_flags),
-            "pretrained": (pretrained, add_pretrained_flags)}
+            "pretrained": (pretrained, add_pretrained_flags), "order": (order, add_order_flags)}
 
 # The flags that --help shows of commands that have more.
 FIRST = {"compare": ["runs", "--samples", "--picture", "--json"],
