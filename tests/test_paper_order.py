@@ -37,8 +37,7 @@ def test_prompts_grow_from_8_pairs_to_64():
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """The experiment in small: two settings, in this process, in an empty folder."""
-    plan = {"headline, second": TINY, "headline, first": TINY | dict(order="first")}
+    """The experiment in small: two levers and what follows, in this process, in an empty folder."""
     pool = SimpleNamespace(submit=lambda f, *rest: SimpleNamespace(result=lambda: f(*rest)))
 
     class Pool:
@@ -52,8 +51,9 @@ def tiny(monkeypatch, tmp_path):
             pass
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").mkdir()
-    for name, value in dict(plan_settings=lambda: plan, worker_pool=Pool, SAMPLES=32,
-                            MEASURED=(2, 64), TRAINED=(2, 4), CONFIRMING=(0, 1),
+    for name, value in dict(RECIPE=TINY, OPEN=TINY, LEVERS={"a": {}, "b": dict(rank=4)},
+                            worker_pool=Pool, SAMPLES=32, MEASURED=(2, 64), TRAINED=(2, 4),
+                            CONFIRMING=(0, 1),
                             draw_recall=lambda *rest: None).items():
         monkeypatch.setattr(order, name, value)
     return tmp_path
@@ -77,20 +77,35 @@ def test_a_setting_that_was_stopped_goes_on_exactly(tiny, monkeypatch):
     assert order.read_json(tiny / "parted/costs.json").keys() == {"0", "2", "4"}
 
 
-def test_all_is_run_once_and_the_page_says_what_came_out(tiny, monkeypatch, capsys):
-    order.run_order(["headline, second"])
+def test_all_is_run_once_and_the_best_lever_is_the_headline(tiny, monkeypatch, capsys):
+    run, runs, recall = order.run_setting, [], {"lever a": 0.3, "lever b": 0.4}
+
+    def run_short(name, seed, settings):
+        runs.append((name, seed))
+        if name == "headline, second":
+            assert settings == TINY | dict(rank=4, steps=3000)
+        result = run(name, seed, settings | dict(steps=2))
+        result["recall"]["own"]["64"] = recall.get(name, 0.5)
+        return result | {"settings": settings}
+    monkeypatch.setattr(order, "run_setting", run_short)
+    order.run_order(["lever a"])
+    assert runs == [("lever a", 100)]
     page = (tiny / "results/order.md").read_text()
-    assert "Not run yet, or not for both orders." in page
-    assert "| first order | not run yet |" in page
-    order.run_order()
+    assert "Not run yet, or not for both orders." in page and "The best was" not in page
+    order.run_order(["lever", "headline"])
+    assert runs[1:] == [("lever b", 100), ("headline, second", 0), ("headline, second", 1),
+                        ("headline, first", 0), ("headline, first", 1)]
+    page = (tiny / "results/order.md").read_text()
+    assert "The best was: b." in page and "0.500 ± 0.000" in page
+    order.run_order(["headline"])
+    assert len(runs) == 6  # all of it is done
     results = order.read_json(tiny / "results/order.json")
-    assert results.keys() == {"headline, second", "headline, first"}
-    run = results["headline, second"]["1"]
-    assert run["recall"]["own"].keys() == {"2", "64"} and run["seconds"] > 0
-    monkeypatch.setattr(order, "run_setting", None)  # nothing is left to run
-    order.run_order()
+    assert results["headline, second"]["1"]["seconds"] > 0
+    results["lever a"]["100"]["settings"]["rank"] = 5  # the plan has changed since
+    assert order.next_job(results, ()) == ("lever a", 100, TINY)
+    assert order.next_job(results, ["steps 8"])[0] == "steps 8, second"
     capsys.readouterr()
-    with pytest.raises(ValueError, match="no setting begins with 'head line'; there are: headline"):
+    with pytest.raises(ValueError, match="no setting begins with 'head line'"):
         order.run_order(["head line"])
 
 
