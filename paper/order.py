@@ -293,7 +293,7 @@ def make_page(results):
     """The whole page as markdown; a table says what is missing."""
     seeds = " and ".join([", ".join(map(str, CONFIRMING[:-1])), str(CONFIRMING[-1])])
     first, last = (f"headline, {order}" for order in ("first", "second"))
-    steps = {f"{K} steps, {order} order": (f"steps {K}, {order}", "own")
+    steps = {f"{K} step{'s' * (K > 1)}, {order} order": (f"steps {K}, {order}", "own")
              for K in (1, 2, 4, 8) for order in ("first", "second")}
     paper = {f"eta {eta:g}, {order} order: {words}": (f"paper {eta:g}, {order}", way)
              for eta in (0.003, 0.1) for order in ("first", "second")
@@ -307,7 +307,8 @@ def make_page(results):
             "second order, phi of another prompt": (last, "another"),
             "second order, no phi": (last, "alone")}),
         finding=make_finding(results), steps_table=make_table(results, steps),
-        levers_table=make_table(results, {name: (f"lever {name}", "own") for name in LEVERS}),
+        levers_table=make_table(results, {"no change": ("steps 4, second", "own")} | {
+            name: (f"lever {name}", "own") for name in LEVERS}),
         paper_table=make_table(results, paper),
         picture="![Recall](order.png)\n\n" if drawn else "")
 
