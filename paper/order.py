@@ -65,13 +65,14 @@ OPEN = dict(per_sample=True, layers=1, batch=16, lr=3e-3, steps=1000, save_every
 
 # What could help second order, each a change to the recipe.
 LEVERS = {
-    "eta 1": dict(inner_lr=1.0),
-    "rank 128": dict(rank=128, alpha=256.0),
-    "full": dict(adapter="full"),
     "full, eta 1": dict(adapter="full", inner_lr=1.0),
     "full, eta 1, 8 steps": dict(adapter="full", inner_lr=1.0, trajectory="cover:8"),
-    "full, eta 1, width 128": dict(adapter="full", inner_lr=1.0, width=128),
     "full, eta 1, lr 1e-3": dict(adapter="full", inner_lr=1.0, lr=1e-3),
+    "full, eta 3": dict(adapter="full", inner_lr=3.0),
+    "full": dict(adapter="full"),
+    "full, eta 1, width 128": dict(adapter="full", inner_lr=1.0, width=128),
+    "eta 1": dict(inner_lr=1.0),
+    "rank 128": dict(rank=128, alpha=256.0),
 }
 
 
