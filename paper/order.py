@@ -29,6 +29,7 @@ import random
 import resource
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,20 +147,26 @@ def pairs_of_step(s, step):
 class Trained(NamedTuple):
     """A model that was trained, and what that took."""
     model: MemDLM
+    steps: int      # fewer than were planned if a gradient was not finite
     seconds: float  # of CPU
     memory: float   # MiB above what the process had before the first step
 
 
 def train_setting(s, folder):
-    """Train one model, or go on with it."""
+    """Train one model, or go on with it if the folder holds the start of this very run."""
     net = ToyDLM(ToyConfig(WORDS.vocab_size, WORDS.mask_id, s.width, s.layers, s.heads), s.seed)
-    model, start, costs, before = MemDLM(net, s).train(), 0, {"0": [0.0, 0.0]}, peak_memory()
+    model, start, before = MemDLM(net, s).train(), 0, peak_memory()
     optimizer = make_optimizer(s, list(model.parameters()))
+    costs = {"settings": asdict(s), "0": [0.0, 0.0]}  # by step: seconds, MiB
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "model.safetensors").exists():
-        start = load_checkpoint(folder, model, optimizer)
-        costs = read_json(folder / "costs.json")
+        saved = read_json(folder / "costs.json")
+        if saved["settings"] == costs["settings"]:
+            start, costs = load_checkpoint(folder, model, optimizer), saved
     (used, most), began = costs[str(start)], time.process_time()
+
+    def spent():
+        return [used + time.process_time() - began, max(most, peak_memory() - before)]
     for step in range(start, s.steps):
         names = [f"{s.seed} {step} {place}" for place in range(s.batch)]
         batch = make_batch(names, pairs_of_step(s, step), s.closed_book)
@@ -168,16 +175,15 @@ def train_setting(s, folder):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
         if not norm.isfinite():
-            raise ValueError(f"{folder}: the gradient of step {step} is not finite")
+            return Trained(model, step, *spent())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, step)
         optimizer.step()
         if (step + 1) % s.save_every == 0 or step + 1 == s.steps:
-            costs[str(step + 1)] = [used + time.process_time() - began,
-                                    max(most, peak_memory() - before)]
+            costs[str(step + 1)] = spent()
             write_json(folder / "costs.json", costs)
             save_checkpoint(folder, model, optimizer, step + 1)
-    return Trained(model, *costs[str(s.steps)])
+    return Trained(model, s.steps, *costs[str(s.steps)])
 
 
 def peak_memory():
@@ -213,7 +219,8 @@ def run_setting(name, seed, settings):
     torch.set_num_threads(1)
     folder = RUNS / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
     trained = train_setting(s, folder)
-    return {"settings": settings, "recall": measure_recall(s, trained.model),
+    return {"settings": settings, "steps": trained.steps,
+            "recall": measure_recall(s, trained.model),
             "seconds": round(trained.seconds, 3), "memory": round(trained.memory)}
 
 
@@ -325,8 +332,10 @@ def make_table(results, rows):
             continue
         cells = [describe([run["recall"][way][str(pairs)] for run in runs]) for pairs in MEASURED]
         seconds = sum(run["seconds"] for run in runs) / len(runs)
-        steps = runs[0]["settings"]["steps"]
-        lines.append([words, *cells, f"{seconds / steps:.3f}", f"{seconds / 60:.1f}",
+        steps = sum(run["steps"] for run in runs) / len(runs)
+        if steps < runs[0]["settings"]["steps"]:
+            words += f" (diverged after {steps:g} steps)"
+        lines.append([words, *cells, f"{seconds / max(1, steps):.3f}", f"{seconds / 60:.1f}",
                       f"{max(run['memory'] for run in runs)}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

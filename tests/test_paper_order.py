@@ -1,5 +1,6 @@
 """The comparison of first and second order: its task, its resuming, and its page."""
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -74,7 +75,11 @@ def test_a_setting_that_was_stopped_goes_on_exactly(tiny, monkeypatch):
     parted = order.train_setting(s, tiny / "parted")
     for a, b in zip(whole.model.parameters(), parted.model.parameters()):
         assert torch.equal(a, b)
-    assert order.read_json(tiny / "parted/costs.json").keys() == {"0", "2", "4"}
+    assert order.read_json(tiny / "parted/costs.json").keys() == {"settings", "0", "2", "4"}
+    # Other settings do not go on with it. A run that diverges ends there, with its last weights.
+    assert order.train_setting(replace(s, steps=2), tiny / "parted").steps == 2
+    net = order.train_setting(replace(s, lr=1e30, warmup=0.0, steps=50), tiny / "parted")
+    assert 0 < net.steps < 50 and net.seconds > 0
 
 
 def test_all_is_run_once_and_the_best_lever_is_the_headline(tiny, monkeypatch, capsys):
@@ -84,7 +89,7 @@ def test_all_is_run_once_and_the_best_lever_is_the_headline(tiny, monkeypatch, c
         runs.append((name, seed))
         if name == "headline, second":
             assert settings == TINY | dict(rank=4, steps=3000)
-        result = run(name, seed, settings | dict(steps=2))
+        result = run(name, seed, settings | dict(steps=2)) | {"steps": settings["steps"]}
         result["recall"]["own"]["64"] = recall.get(name, 0.5)
         return result | {"settings": settings}
     monkeypatch.setattr(order, "run_setting", run_short)
@@ -96,7 +101,10 @@ def test_all_is_run_once_and_the_best_lever_is_the_headline(tiny, monkeypatch, c
     assert runs[1:] == [("lever b", 100), ("headline, second", 0), ("headline, second", 1),
                         ("headline, first", 0), ("headline, first", 1)]
     page = (tiny / "results/order.md").read_text()
-    assert "The best was: b." in page and "0.500 ± 0.000" in page
+    assert "The best was: b." in page and "0.500 ± 0.000" in page and "diverged" not in page
+    results = order.read_json(tiny / "results/order.json")
+    results["lever a"]["100"]["steps"] = 3
+    assert "| a (diverged after 3 steps) |" in order.make_page(results)
     order.run_order(["headline"])
     assert len(runs) == 6  # all of it is done
     results = order.read_json(tiny / "results/order.json")
