@@ -1,4 +1,4 @@
-"""Compare, measure and test trained models: one door to all kinds of evaluation.
+"""Compare, measure and test trained models: one door to every evaluation.
 
     python evaluate.py                        compare the latest run with its control
     python evaluate.py compare RUN ...        compare runs of the same data, with the controls that
@@ -11,6 +11,7 @@
     python evaluate.py baselines              memory and other remedies for exposure bias
     python evaluate.py conversion             six ways from left to right to diffusion, compared
     python evaluate.py pretrained             the paper's claims on a pretrained base
+    python evaluate.py order                  first and second order: how much phi can recall
     python evaluate.py pictures               draw every picture again from its stored numbers
     python evaluate.py lm_eval ...            lm-evaluation-harness's own command line
 
@@ -215,6 +216,20 @@ def pretrained(arguments, changes):
     run_pretrained(arguments.seeds or SEEDS)
 
 
+def add_order_flags(parser):
+    parser.add_argument("settings", nargs="*", help="how the names of the settings to run begin: "
+                        "lever, headline, steps, paper [default all]")
+
+
+def order(arguments, changes):
+    """Compare the outer gradients of first and second order on the toy's closed book.
+
+    A second call goes on where the first was stopped. See paper/order.py.
+    """
+    from paper.order import run_order
+    run_order(arguments.settings)
+
+
 # ---- pictures -----------------------------------------------------------------------------------
 
 def add_pictures_flags(parser):
@@ -238,7 +253,7 @@ COMMANDS = {"compare": (compare, add_compare_flags), "exposure": (exposure, add_
             "claims": (claims, add_claims_flags), "lora": (lora, add_study_flags),
             "baselines": (baselines, add_study_flags),
             "conversion": (conversion, add_conversion_flags),
-            "pretrained": (pretrained, add_pretrained_flags),
+            "pretrained": (pretrained, add_pretrained_flags), "order": (order, add_order_flags),
             "pictures": (pictures, add_pictures_flags)}
 
 # The flags that --help shows of commands that have more.

@@ -76,6 +76,12 @@ def test_the_plan_counts_what_is_loaded():
     phi = memdlm.fresh_phi(backbone, s, [0])
     assert parts[4] == 3 * count_bytes(w for pair in phi.values() for w in pair)
 
+    # The objective `own` keeps two passes at a time.
+    plain, own = (dict(memory_plan(backbone.config, replace(
+        s, memory=False, checkpointing=False, objective=name), 100)) for name in ("mdlm", "own"))
+    layers = [what for what in plain if what.startswith("activations")]
+    assert len(layers) == 2 and all(own[what] == 2 * plain[what] > 0 for what in layers)
+
 
 @pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit"])
 def test_the_plan_counts_what_bitsandbytes_makes(name):
