@@ -95,6 +95,14 @@ def test_no_token_leaves_its_panel_or_covers_another(words):
     assert "".join(elements).count("✗") == len(texts) // 2  # not by colour alone
 
 
+def test_a_key_stays_on_the_line_of_its_answer():
+    pieces = [Piece([(0, "hen")], None, True), Piece([(1, "x" * 20)], True),
+              Piece([(0, "owl")], None, True), Piece([(1, "x" * 10)], True)]
+    elements, _ = draw_panel(Panel("way", pieces, True), 0, 0, 300)
+    key, = (element for element in elements if ">owl<" in element)
+    assert 'x="0.0" y="55"' in key  # the second line
+
+
 def test_the_animation_and_the_page_draw_the_same(tmp_path):
     write_animation(tmp_path / "o.svg", make_denoising())
     write_page(tmp_path / "o.html", [make_denoising()])
