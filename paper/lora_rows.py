@@ -254,7 +254,8 @@ A LoRA on a base that stays is tuned on a new text, with memory in training and 
 measured with phi. *Kept* is the share of answers right on the base's own tasks, in percent;
 *learned* is the loss on held-out new text, in nats. Seeds are fresh: nothing was tried on them
 before. `python evaluate.py lora` wrote this page; the definitions stand at the top of
-`paper/lora_rows.py` and were fixed before the runs.
+`paper/lora_rows.py` and were fixed before the runs. A sentence whose runs are not finished is
+missing or "not run".
 
 ## Sentences, and what decides each
 
@@ -263,6 +264,13 @@ before. `python evaluate.py lora` wrote this page; the definitions stand at the 
 ## Every run on the base of two layers
 
 {runs}
+
+## Attention
+
+Where the gaps of an answer look, at 1, 2 and 4 times the trained length: the entropy in nats, and
+the share on the pair that is asked for. Means over layers and heads.
+
+{attention}
 
 ## Other bases
 
@@ -282,8 +290,22 @@ def runs_table(results):
         for key, digits, percent in (("in alone", 1, True), ("nats alone", 3, False),
                                      ("excess", 1, True), ("excess, same compute", 1, True),
                                      ("moved in all", 1, False)):
-            row.append(format_mean(look_up(results, run, key), digits, "", percent))
+            numbers = look_up(results, run, key)
+            if run == "base" and key == "nats alone":
+                numbers = []  # on its own text, which is another
+            row.append(format_mean(numbers, digits, "", percent))
         out.append(row)
+    return out
+
+
+def attention_table(results):
+    """How widely attention is spread, and what of it is on the needle."""
+    keys = [(key, times) for key in ("entropy", "on needle") for times in (1, 2, 4)]
+    out = [["run", *(f"{key}, {times} x" for key, times in keys)]]
+    for run, seeds in results.items():
+        if any(measures and "entropy x1" in measures for measures in seeds):
+            out.append([run, *(format_mean(look_up(results, run, f"{key} x{times}"))
+                               for key, times in keys)])
     return out
 
 
@@ -306,7 +328,8 @@ def write_lora_page(results, folder):
     add_excess(results)
     verdicts = judge_claims(results, SENTENCES)
     page = PAGE.format(sentences=to_markdown(claims_table(verdicts)),
-                       runs=to_markdown(runs_table(results)), bases=to_markdown(map_table(results)))
+                       runs=to_markdown(runs_table(results)), bases=to_markdown(map_table(results)),
+                       attention=to_markdown(attention_table(results)))
     write_study("lora", page, results, verdicts, folder, FIRST_SEED)
 
 

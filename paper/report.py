@@ -114,10 +114,11 @@ def claims_table(verdicts):
     for claim in verdicts:
         difference = interval = agree = seen = p = holm = "-"
         if "mean" in claim:
-            low, high = claim["interval"]
-            difference = f"{claim['mean']:+.3f} ± {claim['error']:.3f}"
-            interval, agree = f"{low:+.3f} to {high:+.3f}", claim["agree"]
+            difference, agree = f"{claim['mean']:+.3f}", claim["agree"]
         if "p" in claim:
+            low, high = claim["interval"]
+            difference += f" ± {claim['error']:.3f}"
+            interval = f"{low:+.3f} to {high:+.3f}"
             seen, p, holm = f"{claim['seen']:.3f}", format_p(claim["p"]), format_p(claim["holm"])
         out.append([claim["place"], claim["claim"], difference, interval, agree, seen, p, holm,
                     claim["alone"], claim["verdict"]])

@@ -54,8 +54,9 @@ def test_entropy_and_share_by_hand():
 
 
 def test_attention_is_that_of_the_model_brute_force(toy):
-    s, model, batch = toy
-    backbone, outputs = model.backbone, []
+    backbone, outputs = toy[1].backbone, []
+    samples = [tasks.dictionary(random.Random(length), length) for length in (20, 12)]
+    batch = collate(samples, ["long", "padded"], False)
     layer = backbone.layers[0].attn
     layer.o_proj.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0]))
     caught = []
