@@ -78,6 +78,7 @@ def test_a_setting_that_was_stopped_goes_on_exactly(tiny, monkeypatch):
     assert order.read_json(tiny / "parted/costs.json").keys() == {"settings", "0", "2", "4"}
     # Other settings do not go on with it. A run that diverges ends there, with its last weights.
     assert order.train_setting(replace(s, steps=2), tiny / "parted").steps == 2
+    assert order.read_json(tiny / "parted/costs.json").keys() == {"settings", "0", "2"}
     net = order.train_setting(replace(s, lr=1e30, warmup=0.0, steps=50), tiny / "parted")
     assert 0 < net.steps < 50 and net.seconds > 0
 
