@@ -137,7 +137,7 @@ def plan_runs(size):
 def main_runs(size):
     """The three settings, each with memory and without."""
     tuned, scratch, closed = tuned_recipe(size), scratch_recipe(size), closed_recipe(size)
-    half, same_compute = size.tuned // 2, int(size.scratch * 1.8)
+    half, same_compute = size.tuned // 2, dict(steps=int(size.scratch * 1.8))
     tuned_measures = ("nats", "exposure", "bins", "attention")
     scratch_measures = ("nats", "exposure", "bins", "order")
     return {
@@ -150,7 +150,7 @@ def main_runs(size):
         "mdlm, half the steps": Run(tuned | OFF | dict(steps=half), SHORT),
         "scratch mdlm": Run(scratch | OFF, (*scratch_measures, "nats_cover")),
         "scratch memdlm": Run(scratch, (*scratch_measures, "inner")),
-        "scratch mdlm, same compute": Run(scratch | OFF | dict(steps=same_compute), ("nats_short",)),
+        "scratch mdlm, same compute": Run(scratch | OFF | same_compute, ("nats_short",)),
         "closed memdlm": Run(closed, ("recall", "needle")),
         "closed mdlm": Run(closed | OFF, ("recall",)),
         "open mdlm": Run(closed | OFF | dict(closed_book=False), ("recall",)),

@@ -159,6 +159,8 @@ def test_every_run_that_a_claim_or_table_names_is_in_the_plan():
     bases = {run.settings["from_run"] for run in plan.values() if "from_run" in run.settings}
     assert bases == {"base", "base, 4 layers", "base, 3 x steps"}
     assert set(plan) == named | far | bases, "and none is made for nothing"
+    few = {name for name, run in plan.items() if run.seeds == runs.FAR_SEEDS}
+    assert few == far - in_claims - set(PAPER) - {"mdlm, lr x 0.3"}, "claims have all seeds"
     left_out = named - set(quick)
     assert left_out == {
         "lora mdlm, 4 layers", "lora memdlm, 4 layers", "lora mdlm, 3 x steps",
