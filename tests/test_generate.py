@@ -171,11 +171,11 @@ def test_right_answers_are_counted_as_they_are_shown():
     """Each question of a batch alone, decoded as an answer is, by the toy that comes along."""
     s, data, model = open_run(TRAINED_TOY)
     samples, counts = [data.test("16 x2", "example", number) for number in range(8)], []
-    for memory in (False, True):
-        counts.append(generate.count_right(s, data, model, samples, memory, {}))
+    for with_memory in (False, True):
+        counts.append(generate.count_right(s, data, model, samples, with_memory, {}))
         for sample, count in zip(samples, counts[-1]):
             phi = generate.write_memory(s, model.backbone, collate([sample], [0], True))
-            own, = generate.answer(s, data, model, [sample], phi if memory else None, 0)
+            own, = generate.answer(s, data, model, [sample], phi if with_memory else None, 0)
             said = [token for token, gap in zip(own.ids, own.fill) if gap]
             assert count == sum(a == b for a, b in zip(said, generate.answer_ids(sample)))
     assert sum(counts[0]) < 5 < 20 < sum(counts[1])
