@@ -5,7 +5,6 @@
     python generate.py --adapt --file notes.txt --show  play the denoising in the terminal
     python generate.py --adapt --chat                   one line after the other
     python generate.py --prompt "The [MASK] sat on the [MASK:2]."      fill in gaps
-    python generate.py --prompt "..." --samples 3       several answers, drawn at random
     python generate.py --adapt --html out.html          both ways on one page, which plays
     python generate.py --inspect out.html               a page on what the memory holds
     python generate.py --model inclusionAI/LLaDA2.1-mini --load-4bit --adapt --prompt "..."
@@ -551,8 +550,7 @@ def parse_arguments():
     add("--delay", type=float, default=0.15, help="seconds per step of --show [default 0.15]")
     add("--html", metavar="FILE", help="write the denoising as one self-contained page")
     add("--svg", metavar="FILE", help="write it as one picture that plays by itself")
-    add("--inspect", metavar="FILE", help="write the prompt into fast weights, and a page on what "
-        "they hold: norms, the loss of each token, the answers that change without them")
+    add("--inspect", metavar="FILE", help="write the prompt into fast weights, and a page on what they hold")
     add("--length", type=int, default=0, help="tokens to generate [default as in training]")
     add("--steps", type=int, help="forward passes [default one per token]")
     add("--block-length", type=int,
