@@ -2,8 +2,7 @@
 
     python generate.py --adapt                          a built-in example
     python generate.py --adapt --prompt "fox ruby owl jade" --question "owl ? fox ?"
-    python generate.py --adapt --file notes.txt --show  play the denoising in the terminal
-    python generate.py --adapt --chat                   one line after the other
+    python generate.py --adapt --show                   play the denoising in the terminal
     python generate.py --prompt "The [MASK] sat on the [MASK:2]."      fill in gaps
     python generate.py --adapt --html out.html          both ways on one page, which plays
     python generate.py --inspect out.html               a page on what the memory holds
@@ -550,7 +549,7 @@ def parse_arguments():
     add("--delay", type=float, default=0.15, help="seconds per step of --show [default 0.15]")
     add("--html", metavar="FILE", help="write the denoising as one self-contained page")
     add("--svg", metavar="FILE", help="write it as one picture that plays by itself")
-    add("--inspect", metavar="FILE", help="write the prompt into fast weights, and a page on what they hold")
+    add("--inspect", metavar="FILE", help="like --adapt, with a page on what phi holds")
     add("--length", type=int, default=0, help="tokens to generate [default as in training]")
     add("--steps", type=int, help="forward passes [default one per token]")
     add("--block-length", type=int,

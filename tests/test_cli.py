@@ -698,7 +698,7 @@ def test_a_signal_in_the_last_step_is_not_forgotten(cli, tmp_path, monkeypatch, 
 def test_a_stop_of_the_claims_says_how_to_go_on(monkeypatch, handlers, capsys):
     from paper import runs
     console.catch_signals(console.end_work)
-    monkeypatch.setattr(runs, "run_all", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(runs, "run_all", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(SystemExit) as stop:
         runs.run_claims(True, 1, 1, "o")
     assert stop.value.code == 130 and "same command goes on" in capsys.readouterr().err
