@@ -45,10 +45,11 @@ from compare import RATIOS, measure, write_phi
 from data import Sample, collate
 from export import export
 from files import read_json, write_json, write_text
-from paper.claims import Claim, judge_claims
+from paper.claims import Claim, judge_claims, subtract
 from paper.conversion import (
     ARMS as WAYS, choose_masks, cut_pieces, is_held_out, read_corpus, train_run,
 )
+from paper.ladder import LADDER
 from paper.measures import mean
 from paper.report import claims_table, format_mean, to_markdown
 from runs import open_model, open_run
@@ -248,6 +249,7 @@ def run_pretrained(seeds=SEEDS):
             write_json(path, results)
             if seed != "0":
                 write_text(RESULTS / "pretrained.md", make_page(results))
+                write_json(LADDER, make_rows(results))
         print(json.dumps(results[seed], indent=1))
 
 
@@ -337,11 +339,25 @@ was written from it by four masks. "raw" is SmolLM2 as it came, with a mask.
 """
 
 
-def make_page(results):
-    """results: {seed: {arm: measures}}. Seed 0 counts nowhere."""
+def turn(results):
+    """{seed: {arm: measures}} -> {arm: [the measures of each seed]}. Seed 0 counts nowhere."""
     seeds = [seed for seed in results if seed != "0"]
-    by_arm = {arm: [results[seed].get(arm) for seed in seeds] for arm in ("raw", "base", *ARMS)}
-    done = [seed for seed in seeds if len(results[seed]) == len(by_arm)]
+    return {arm: [results[seed].get(arm) for seed in seeds] for arm in ("raw", "base", *ARMS)}
+
+
+def make_rows(results):
+    """The claims with their differences, for the table in which they stand beside the toy's."""
+    by_arm = turn(results)
+    return [{"base": "SmolLM2-135M", "place": claim.place, "claim": claim.text,
+             "expect": claim.expect, "command": "python evaluate.py pretrained",
+             "differences": subtract(by_arm, claim.first, claim.second)}
+            for claim in make_claims()]
+
+
+def make_page(results):
+    """results: {seed: {arm: measures}}."""
+    by_arm = turn(results)
+    done = [seed for seed, arms in results.items() if seed != "0" and len(arms) == len(by_arm)]
     verdicts = judge_claims(by_arm, list(make_claims()))
     return PAGE.format(base_steps=flag_of(BASE, "--steps"), steps=flag_of(RECIPE, "--steps"),
                        way=WAY, done=f"Seeds that are finished: {len(done)} of {len(SEEDS)}.",

@@ -1,4 +1,5 @@
 """The paper's claims on a pretrained base: texts, arms and page, without the packages."""
+import json
 import random
 import re
 from dataclasses import fields
@@ -8,6 +9,7 @@ import torch
 
 from memdlm import MemDLM
 from paper import conversion, pretrained
+from paper.ladder import pretrained_rows
 from settings import Parser, Settings, add_flags, settings_from_flags
 from tests.tiny_models import tiny_backbone
 
@@ -84,7 +86,7 @@ def test_without_phi_nothing_is_written_and_with_another_prompt_another_thing():
     assert ways["adapted"][0].inner_lr == 0.1 and ways["adapted"][0].trajectory == "consistent"
 
 
-def test_the_page_counts_finished_seeds_and_judges_pairs():
+def test_the_page_counts_finished_seeds_and_judges_pairs(tmp_path):
     def measures(shift):
         keys = [f"{key} {way}" for key in ("codes", "nats 0.5", *(
             f"codes {codes}" for codes in pretrained.CODES)) for way in ("alone", "adapted",
@@ -102,3 +104,10 @@ def test_the_page_counts_finished_seeds_and_judges_pairs():
                  "phi shared" in line)
     assert "-0.100" in claim and "2 of 2" in claim and claim.endswith("reproduced |")
     assert "not run" in next(line for line in page.splitlines() if "mdlm, phi per sample" in line)
+    rows = {row["claim"]: row for row in pretrained.make_rows(results)}
+    row = rows["lower loss on held-out reviews than mdlm, phi shared, eta .1"]
+    assert row["differences"] == pytest.approx([-0.1, -0.1]) and row["expect"] == "less"
+    path = tmp_path / "ladder.json"
+    path.write_text(json.dumps(list(rows.values())))
+    judged = pretrained_rows([], path)
+    assert len(judged) == len(rows) and all(row["base"] == "SmolLM2-135M" for row in judged)
