@@ -6,6 +6,7 @@ tensor from what autograd keeps. The last line is an allowance.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -51,6 +52,7 @@ def answer_plan(config, s, length, device="cuda"):
             plan_passing(config, s, length, wide, device, extra), allowance(device)]
 
 
+@lru_cache(maxsize=1)  # a plan of training and one of an answer ask for the same
 def empty_network(config):
     with torch.device("meta"):
         return build_network(config)
