@@ -222,10 +222,10 @@ def uniform(seeds, purpose, *shape, dtype=torch.float32, device="cpu"):
     resumed run, and in the baseline, since the inner loop draws for other purposes. What is drawn
     on a `device`, phi's A alone, is the same on devices of one kind.
     """
-    def draw(seed):
-        generator = torch.Generator(device).manual_seed(crc32(f"{purpose} {seed}".encode()))
-        return torch.rand(shape, generator=generator, dtype=dtype, device=device)
-    return torch.stack([draw(seed) for seed in seeds])
+    out, draw = torch.empty(len(seeds), *shape, dtype=dtype, device=device), torch.Generator(device)
+    for sample, seed in zip(out, seeds):
+        sample.uniform_(generator=draw.manual_seed(crc32(f"{purpose} {seed}".encode())))
+    return out
 
 
 def corrupt(x0, maskable, t, u, mask_id):
@@ -328,9 +328,9 @@ def inner_loop(backbone, s, path, x0, valid, lower, phi, order="first"):
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if second else nullcontext():
                 loss = stage_loss(backbone, s, stage, x0, valid, lower, h, phi)  # [G]
                 grads = torch.autograd.grad(loss.sum(), tensors, create_graph=second)
-            phi, taken = sgd_step(s, phi, grads, loss.detach())
-        losses.append(loss.detach().mean())
-        skipped = skipped + (~taken).sum()
+            phi, taken = sgd_step(s, phi, grads, loss := loss.detach())
+        losses, skipped = [*losses, loss.mean()], skipped + (~taken).sum()
+        del tensors, grads, h  # not beside those of the next stage
     return phi, {"inner": torch.stack(losses), "skipped": skipped}
 
 
@@ -364,13 +364,13 @@ def sgd_step(s, phi, grads, loss):
     whole = torch.cat([norm.view(G, -1) for norm in norms], dim=1)  # [G, matrices]
     taken, moved = loss.isfinite() & whole.isfinite().all(1), []  # taken [G]
     rates = (s.inner_lr * clip_factors(s, whole)).split([n[0].numel() for n in norms], dim=1)
+    sure = taken.is_cpu and taken.all()  # a GPU is not waited for
     for w, g, rate, norm in zip(tensors, grads, rates, norms):
         # Eq. 6:  phi_k = phi_{k-1} - eta clip(grad L_inner^(k))
         step = torch.addcmul(w, rate.view(*norm.shape, 1, 1), g, value=-1)
-        moved.append(torch.where(taken.view(G, *[1] * (w.dim() - 1)), step, w))
-    size = len(moved) // len(phi)  # two tensors for each matrix, A and B; or one
-    pairs = [tuple(moved[i:i + size]) for i in range(0, len(moved), size)]
-    return dict(zip(phi, pairs)), taken
+        moved.append(step if sure else torch.where(taken.view(G, *[1] * (w.dim() - 1)), step, w))
+    moved = iter(moved)
+    return {name: tuple(next(moved) for _ in pair) for name, pair in phi.items()}, taken
 
 
 def write_from_response(backbone, s, batch, t, xt, masked, h):
@@ -402,7 +402,7 @@ def fresh_phi(backbone, s, seeds):
             phi[name] = (torch.zeros(len(seeds), *experts, out, width, device=device),)
         else:
             A = uniform(seeds, f"A {name}", *experts, s.rank, width, device=device)
-            phi[name] = ((2 * A - 1) / math.sqrt(width),
+            phi[name] = (A.mul_(2).sub_(1).div_(math.sqrt(width)),
                          torch.zeros(len(seeds), *experts, out, s.rank, device=device))
     if not phi:
         raise ValueError("this model has no matrix for fast weights in its last layers")
@@ -439,7 +439,7 @@ def fast_product(x, W):
         return F.linear(x, W[0])
     if len(W) != len(x):
         raise ValueError(f"phi is for {len(W)} samples, the input has {len(x)}")
-    return x @ W.mT
+    return torch.bmm(x, W.mT)
 
 
 # ---- 7. Losses ----------------------------------------------------------------------------------

@@ -304,9 +304,11 @@ class Processes:
             from accelerate import Accelerator
             from accelerate.utils import DistributedDataParallelKwargs
             # Experts that no token chose have no gradient. DDP has to be told that this happens.
-            unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+            # The gradients lie in what is exchanged: apart they would take as much memory again.
+            ours = DistributedDataParallelKwargs(find_unused_parameters=True,
+                                                 gradient_as_bucket_view=True)
             # Precision is ours to set, whatever accelerate's own settings say.
-            self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[unused])
+            self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ours])
             self.rank = self.accelerator.process_index
             self.count = self.accelerator.num_processes
             self.device = self.accelerator.device

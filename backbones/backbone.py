@@ -11,7 +11,7 @@ from backbones.blocks import Context, Past, RMSNorm, TiedHead, linear, rotary
 from backbones.families import FAMILIES
 from backbones.lora import weights_checksum
 
-LOGITS = 1 << 26  # numbers in the largest tensor of logits at a time: 256 MB in float32
+LOGITS = 1 << 25  # numbers in the largest tensor of logits at a time: 128 MB in float32
 
 
 def build_network(config):
@@ -185,8 +185,8 @@ class Backbone(nn.Module):
         """
         # Of no rows, only the head's own weights can require a gradient.
         trained = torch.is_grad_enabled() and self.head(h[:0].detach()).requires_grad
-        # A sixteenth may stay in a CPU's cache.
-        size = LOGITS if trained or h.is_cuda else LOGITS // 16
+        # An eighth may stay in a CPU's cache.
+        size = LOGITS if trained or h.is_cuda else LOGITS // 8
         pieces = h.split(max(1, size // self.vocab_size))
         others = [[None] * len(pieces) if x is None else x.split(len(pieces[0])) for x in rest]
         parts = list(zip(pieces, *others))

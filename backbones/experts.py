@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+
+FEW_ROWS = 1 << 14  # so many rows may be padded, however uneven the router is
 
 
 # ---- Where the tokens go ------------------------------------------------------------------------
@@ -40,7 +43,8 @@ def sort_tokens(chosen, samples, experts, padded, most=None):
 
     padded: every expert gets as many rows of each sample as the one with the most, [E, B, most].
     Rows that are left hold token 0 and are never read. The host waits for the device to read
-    `most`, unless it is given.
+    `most`, unless it is given. Where padding would more than double many rows there is none: memory
+    has a bound, however uneven the router is.
     """
     n, k = chosen.shape
     sample = torch.arange(samples, device=chosen.device).repeat_interleave(n // samples)
@@ -50,17 +54,24 @@ def sort_tokens(chosen, samples, experts, padded, most=None):
     sizes = group.new_zeros(experts * samples).scatter_add_(0, group, torch.ones_like(group))
     ends = sizes.cumsum(0)
     numbers = torch.arange(n * k, device=chosen.device)
+    if padded:
+        most = int(sizes.max()) if most is None else most
+        padded = experts * samples * most <= most_rows(n * k)
     if not padded:
         rows = torch.empty_like(order).scatter_(0, order, numbers)
         ends = ends.int()
         return Places(order // k, rows, ends[samples - 1::samples].contiguous(), ends, samples,
                       None)
-    most = int(sizes.max()) if most is None else most
     group = group[order]
     row = group * most + numbers - (ends - sizes)[group]
     rows = torch.empty_like(order).scatter_(0, order, row)
     tokens = order.new_zeros(experts * samples * most).scatter_(0, row, order // k)
     return Places(tokens, rows, None, None, samples, most)
+
+
+def most_rows(rows):
+    """How many rows a padded stack may have in place of `rows`."""
+    return max(2 * rows, FEW_ROWS)
 
 
 def product(x, W, places):
@@ -76,6 +87,15 @@ def product(x, W, places):
     ends = places.ends if len(W) == len(places.ends) else places.sample_ends
     y = F.grouped_mm(x, W.mT, offs=ends)
     return y[:, :out] if out % 8 else y
+
+
+def outer_products(y, x, places, experts):
+    """The sum over each expert's rows of y x^T: y [rows, out], x [rows, in] -> [E, out, in]."""
+    if places.ends is None:
+        return torch.bmm(y.view(experts, -1, y.shape[-1]).mT, x.view(experts, -1, x.shape[-1]))
+    wide = F.grouped_mm(F.pad(y, (0, -y.shape[-1] % 8)).mT, F.pad(x, (0, -x.shape[-1] % 8)),
+                        offs=places.ends)
+    return wide[:, :y.shape[-1], :x.shape[-1]]
 
 
 def pads(x):
@@ -110,10 +130,12 @@ class Stack(nn.Module):
             y = FrozenProduct.apply(x, self, places)
         if self.lora_A is not None:
             # The masters stay in float32. The product is in the model's precision.
-            low = F.dropout(x, self.dropout, self.training)
-            for W in (self.lora_A, self.lora_B):
-                low = product(low, W.to(x.dtype), places)
-            y = y + self.scaling * low
+            A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+            if self.training and self.dropout:
+                low = DroppedProduct.apply(x, A, self.dropout, places)
+            else:
+                low = product(x, A, places)
+            y = y.add(product(low, B, places), alpha=self.scaling)
         return y
 
     def fast_product(self, x, W, places):
@@ -171,6 +193,33 @@ class FrozenProduct(torch.autograd.Function):
     def backward(ctx, grad):
         W = ctx.stack.unpacked(grad.dtype)
         return product(grad.contiguous(), W.mT, ctx.places), None, None
+
+
+class DroppedProduct(torch.autograd.Function):
+    """The product of dropout(x) with A.
+
+    Autograd would keep what dropout left of x. This keeps x, which gate_proj and up_proj share, and
+    of dropout the mask alone, a byte for a number.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, dropout, places):
+        some, kept = torch.native_dropout(x, dropout, True)
+        ctx.save_for_backward(x, kept, A)
+        ctx.places, ctx.scale = places, 1 / (1 - dropout) if dropout < 1 else 0.0
+        return product(some, A, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, kept, A = ctx.saved_tensors
+        grad, grad_x, grad_A = grad.contiguous(), None, None
+        drop = torch.ops.aten.native_dropout_backward
+        if ctx.needs_input_grad[0]:
+            grad_x = drop(product(grad, A.mT, ctx.places), kept, ctx.scale)
+        if ctx.needs_input_grad[1]:
+            grad_A = outer_products(grad, drop(x, kept, ctx.scale), ctx.places, len(A))
+        return grad_x, grad_A, None, None
 
 
 class Experts(nn.Module):

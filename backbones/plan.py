@@ -6,6 +6,7 @@ tensor from what autograd keeps. The last line is an allowance.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 import memdlm
 from backbones.backbone import LOGITS, Backbone, build_network
 from backbones.checkpoint import choose_dtype, human_count, quantisable
-from backbones.experts import Stack
+from backbones.experts import Stack, most_rows
 from backbones.families import FAMILIES
 from backbones.lora import lora_targets
 
@@ -29,8 +30,8 @@ def memory_plan(config, s, length, device="cuda"):
     """
     network, wide = empty_network(config), number_bytes(config, s, device)
     parts = [plan_weights(network, config, s, wide), *plan_training(network, config, s, wide)]
-    parts.append(("phi, its gradient and its successor", 3 * phi_bytes(network, config, s)))
-    return parts + plan_activations(config, s, length, wide, device)
+    phi = phi_bytes(network, config, s)
+    return parts + plan_activations(config, s, length, wide, device, phi)
 
 
 def answer_plan(config, s, length, device="cuda"):
@@ -39,17 +40,19 @@ def answer_plan(config, s, length, device="cuda"):
     lora = sum(lora_sizes(network, config, s)) * BYTES[s.lora_dtype] if s.lora else 0
     one = replace(s, batch=1)
     upper = config.layers - memdlm.first_fast_layer(config.layers, s.layer_fraction)
-    layer, inputs = kept_per_token(config, None, wide), kept_by_phi(config, wide)
+    extra = padding(config, length, wide, device)
+    layer = kept_per_token(config, None, wide, extra=extra)
+    inputs = kept_by_phi(config, None, wide, extra)
     # Of the layers below, which have no gradient, one at a time is there.
     layers = length * (layer + s.memory * upper * (layer + inputs))
-    chunk = min(chunk_of_logits(s, device), length * config.vocab_size) * (wide + 12)
     return [plan_weights(network, config, s, wide), ("LoRA", lora),
             ("phi, its gradient and its successor", 3 * phi_bytes(network, config, one)),
-            *plan_stacks(config, s, wide, upper),
-            (f"a prompt of {length} tokens: activations", layers), ("a chunk of logits", chunk),
-            allowance(device)]
+            *plan_copies(config, s, wide, upper),
+            (f"a prompt of {length} tokens: activations", layers),
+            plan_passing(config, s, length, wide, device, extra), allowance(device)]
 
 
+@lru_cache(maxsize=1)  # a plan of training and one of an answer ask for the same
 def empty_network(config):
     with torch.device("meta"):
         return build_network(config)
@@ -113,49 +116,80 @@ def phi_bytes(network, config, s):
     return numbers * 4 * count
 
 
-def plan_activations(config, s, length, wide, device):
-    """What autograd keeps of the layers, a chunk of logits, and an allowance."""
+def plan_activations(config, s, length, wide, device, phi):
+    """The most that is there at a time besides weights and optimiser: in a step of the inner loop.
+
+    phi and its gradient, what autograd keeps of the layers with phi, and what the outer step will
+    need of those below. Later there is less: phi is a constant, and when a layer below is computed
+    again, those above are done and have left their room.
+    """
     tokens = s.batch * length * (2 if s.objective == "own" else 1)  # own: two passes at a time
+    extra = padding(config, s.batch * length, wide, device)
     first = memdlm.first_fast_layer(config.layers, s.layer_fraction)
     upper = config.layers - first
 
     def mask_of(grain):  # in dropout's mask a number is a byte on a GPU, and as wide on a CPU
         return 1 if device == "cuda" else grain
 
-    layer = tokens * kept_per_token(config, s, wide, mask_of)
-    layer_with_phi = layer + tokens * kept_by_phi(config, wide) * s.memory
+    layer = tokens * kept_per_token(config, s, wide, mask_of, extra)
+    layer_with_phi = layer + tokens * kept_by_phi(config, s, wide, extra) * s.memory
     lower, how = first * layer, ""
-    if s.checkpointing:  # the input of each layer, and one layer at a time
-        lower = first * tokens * config.width * wide + layer
-        how = ", each made again when its turn comes"
+    if s.checkpointing:
+        lower, how = first * tokens * config.width * wide, ": their inputs"
+    uneven = f", experts' rows padded to {extra:.3g} times theirs" if extra > 1 else ""
+    # phi's successor is made when the activations are gone.
     return [
-        (f"activations of the {upper} layers with phi, {length} tokens x {s.batch}",
+        ("phi and its gradient", 2 * phi + max(0, phi - upper * layer_with_phi)),
+        (f"activations of the {upper} layers with phi, {length} tokens x {s.batch}{uneven}",
          upper * layer_with_phi),
         (f"activations of the layers below{how}", lower),
-        *plan_stacks(config, s, wide, upper + 1 if s.checkpointing else config.layers),
-        ("a chunk of logits: in the model's precision, in float32, log-softmax and gradient",
-         min(chunk_of_logits(s, device), tokens * config.vocab_size) * (wide + 12)),
+        *plan_copies(config, s, wide, upper + (0 if s.checkpointing else first)),
+        plan_passing(config, s, tokens, wide, device, extra),
         allowance(device)]
 
 
-def plan_stacks(config, s, wide, layers):
-    """What stacks of experts need while they are computed, of which `layers` layers are kept.
+def padding(config, tokens, wide, device):
+    """How many times as many rows as the router sends the experts may compute: on a CPU and on GPUs
+    with a fast grouped product as many, else as `sort_tokens` allows."""
+    if not config.experts or device == "cpu":
+        return 1
+    if wide == 2 and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+        return 1
+    rows = tokens * config.top_k
+    return min(most_rows(rows), config.experts * tokens) / rows
 
-    A product unpacks the 4 bits of one stack. A LoRA in float32 is copied in the model's precision,
-    and the copy stays until the layer's backward pass.
+
+def plan_passing(config, s, tokens, wide, device, extra):
+    """What comes and goes: the larger of what a layer and what a chunk of logits need meanwhile."""
+    if config.experts:
+        # A product unpacks the 4 bits of one stack. Of the last product there are two terms, their
+        # sum, and its rows in the tokens' order.
+        layer = config.experts * config.expert_ffn * config.width * wide * s.load_4bit
+        layer += tokens * config.top_k * (3 * extra + 1) * config.width * wide
+    else:
+        layer = tokens * 4 * max(config.ffn, config.width) * wide
+    # A chunk is there in the model's precision, in float32, as log-softmax and as its gradient.
+    logits = min(chunk_of_logits(s, device), tokens * config.vocab_size) * (wide + 12)
+    if layer > logits:
+        return "what comes and goes while a layer is computed", layer
+    return "a chunk of logits, in four forms", logits
+
+
+def plan_copies(config, s, wide, layers):
+    """A LoRA of stacks in float32 is copied in the model's precision.
+
+    The copy stays until the backward pass of its layer. `layers` layers are kept at a time.
     """
-    if not config.experts:
+    if not (config.experts and s.lora and s.lora_scope == "all") or BYTES[s.lora_dtype] == wide:
         return []
-    stack, copies = config.experts * config.expert_ffn * config.width * wide * s.load_4bit, 0
-    if s.lora and s.lora_scope == "all" and BYTES[s.lora_dtype] != wide:
-        each = s.lora_rank * (config.width + config.expert_ffn)
-        copies = 3 * config.experts * each * wide * layers
-    return [("one stack of experts unpacked, their LoRA in the model's precision", stack + copies)]
+    each = s.lora_rank * (config.width + config.expert_ffn)
+    return [("the experts' LoRA in the model's precision",
+             3 * config.experts * each * wide * layers)]
 
 
 def chunk_of_logits(s, device):
     """Numbers of the largest tensor of logits; see Backbone.per_row."""
-    return LOGITS if device == "cuda" or not s.lora else LOGITS // 16
+    return LOGITS if device == "cuda" or not s.lora else LOGITS // 8
 
 
 def allowance(device):
@@ -174,11 +208,11 @@ def optimizer_bytes(optimizer, n, grain):
     return 2 * (n + -(-n // 256) * 4)
 
 
-def kept_per_token(config, s, wide, mask_of=lambda grain: 1):
+def kept_per_token(config, s, wide, mask_of=lambda grain: 1, extra=1):
     """Bytes that autograd keeps of one token in one layer.
 
     s: None where nothing of the model is trained. wide: bytes of a number. mask_of: bytes of a
-    number of so many -> bytes of one in dropout's mask.
+    number of so many -> bytes of one in dropout's mask. extra: see `padding`.
     """
     family = FAMILIES[config.family]
     D, q, kv = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -193,10 +227,11 @@ def kept_per_token(config, s, wide, mask_of=lambda grain: 1):
             return 0
         return width * (grain + mask_of(grain) * (s.lora_dropout > 0))
 
-    def feed_forward(inner, grain=grain):
+    adapted = s and s.lora_scope == "all"
+
+    def feed_forward(inner):
         # Of silu(gate) * up: both factors, and what silu was applied to.
-        adapted = s and s.lora_scope == "all"
-        inputs = (2 * input_of_matrix(D, grain, adapted) + input_of_matrix(inner, grain, adapted))
+        inputs = 2 * input_of_matrix(D, grain, adapted) + input_of_matrix(inner, grain, adapted)
         return 3 * inner * wide + inputs
 
     norms = 2 * D * 4 + ((q + kv) * 4 if family.head_norms else 0)  # their inputs, in float32
@@ -205,18 +240,28 @@ def kept_per_token(config, s, wide, mask_of=lambda grain: 1):
     attention += input_of_matrix(q) + input_of_matrix(D) * (len(family.attention) - 1)
     if not config.experts:
         return norms + attention + feed_forward(config.ffn)
-    # The LoRA of a stack of experts computes in the model's precision.
-    routed = config.top_k * (feed_forward(config.expert_ffn, wide) + D * wide)
+    # The LoRA of a stack of experts computes in the model's precision. It keeps its input, which
+    # two stacks share, and dropout's mask.
+    inner = config.expert_ffn
+    inputs = D + inner if s and (adapted or not s.lora) else 0
+    masks = 2 * D + inner if s and s.lora and adapted and s.lora_dropout else 0
+    routed = config.top_k * (extra * ((3 * inner + inputs) * wide + masks) + D * wide)
     shared = feed_forward(config.shared) if config.shared else 0
     return norms + attention + routed + shared
 
 
-def kept_by_phi(config, wide):
-    """Bytes per token and layer that phi's gradient needs besides: the inputs of its matrices."""
+def kept_by_phi(config, s, wide, extra=1):
+    """Bytes per token and layer that phi's gradient needs besides: the inputs of its matrices.
+
+    s: as in `kept_per_token`. The inputs of stacks are kept for their LoRA already, if they have
+    one.
+    """
     if not config.experts:
         return (config.width + config.ffn) * wide
     shared = config.width + config.shared if config.shared else 0
-    return (config.top_k * (config.width + config.expert_ffn) + shared) * wide
+    has_lora = s and s.lora and s.lora_scope == "all"
+    routed = 0 if has_lora else config.top_k * extra * (config.width + config.expert_ffn)
+    return (routed + shared) * wide
 
 
 def plan_text(parts, room=None, device="cuda", title="memory planned"):

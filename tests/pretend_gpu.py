@@ -127,6 +127,8 @@ class Calls(TorchFunctionMode):
         gpu, kwargs = self.gpu, kwargs or {}
         if isinstance(function, torch._ops.OpOverload):  # `Operations` sees it
             return function(*args, **kwargs)
+        if function == torch.Tensor.is_cpu.__get__:
+            return not gpu.has(args[0])
         name = getattr(function, "__name__", "")
         x = args[0] if args and torch.is_tensor(args[0]) else None
         if name in ("cpu", "tolist", "numpy") and x is not None and gpu.has(x):

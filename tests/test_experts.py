@@ -150,3 +150,12 @@ def test_the_number_of_products_does_not_grow_with_the_experts(monkeypatch):
             torch.nn.init.normal_(p)
         experts(torch.randn(1, 5, 8), torch.ones(5, 2), torch.tensor([[0, 1]] * 5), {})
         assert len(calls) == 3
+
+
+def test_padding_at_most_doubles_many_rows(monkeypatch):
+    """4 experts, 100 tokens with one choice. All choose the first, then they spread evenly."""
+    for few, chosen, rows in ((400, torch.zeros(100, 1), 400), (399, torch.zeros(100, 1), 100),
+                              (0, torch.arange(100)[:, None] % 4, 100)):
+        monkeypatch.setattr(experts_module, "FEW_ROWS", few)
+        places = sort_tokens(chosen.long(), 1, 4, True)
+        assert len(places.tokens) == rows and (places.ends is None) == (few != 399)

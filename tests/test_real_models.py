@@ -285,7 +285,7 @@ def test_plan_and_bench(cli, tmp_path):
     flags = ["--model", "llada2.1-mini", "--load-4bit", "--plan"]
     frugal = ["--optimizer", "adamw8bit", "--lora-dtype", "bfloat16"]
     assert planned_total(cli(train, *flags)[1]) > 30
-    assert planned_total(cli(train, *flags, *frugal)[1]) < 23
+    assert planned_total(cli(train, *flags, *frugal)[1]) < 21.6  # 2 GiB below what 24 GB leave
     GiB = 2**30
     assert "what helps" in plan_text([("weights", 30 * GiB)], 24 * GiB).lower()
     assert "fits into 24.0 GiB" in plan_text([("weights", 3 * GiB)], 24 * GiB)

@@ -9,6 +9,7 @@ two. That makes a model this small worth watching.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from zlib import crc32
 
 import torch
@@ -50,6 +51,7 @@ def shift(h):
     return torch.cat([F.pad(h[:, :-1, :half], (0, 0, 1, 0)), h[..., half:]], dim=-1)
 
 
+@lru_cache(maxsize=64)
 def rotary(length, dim, device):
     """cos and sin, [L, dim]. Angles in float32; channel i is paired with i + dim / 2."""
     frequency = 10000.0 ** (-torch.arange(0, dim, 2, device=device).float() / dim)
