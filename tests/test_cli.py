@@ -447,8 +447,8 @@ def commands_of(*pages):
 
 
 # Commands with these words need the hub's data, or take minutes or an hour. test_harness.py,
-# test_paper.py and test_real_models.py run small forms of them.
-LONG = {"tasks", "claims", "lm_eval"}
+# test_paper.py, test_studies.py and test_real_models.py run small forms of them.
+LONG = {"tasks", "claims", "lm_eval", "lora", "baselines", "order", "conversion", "pretrained"}
 
 
 def tiny_folder(root, name):
@@ -474,6 +474,8 @@ def shrink(script, words, root, two_runs):
     for i, word in enumerate(words):
         if word == "RUNS" or re.match(r"runs/(languages|closed|a$|b$)", word):
             words[i] = "runs/words"
+        if word.startswith("causal:"):
+            words[i] = "causal:1"  # tiny models have few layers
     if model != "toy" and script != "bench":
         words[words.index(model)] = tiny_folder(root, model)
         if "--plan" in words:
