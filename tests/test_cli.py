@@ -467,7 +467,7 @@ def make_adapter(root, model, name):
     save_adapter(add_lora(backbone, 4, 8.0, 0.0), root / name)
 
 
-def shrink(script, words, root, two_runs):
+def shrink(script, words, root, two_runs, cli):
     """The words of a command, with sizes made tiny and with models, runs and data that exist."""
     value = {flag: words[i + 1] for i, flag in enumerate(words[:-1]) if flag.startswith("--")}
     words, model = list(words), value.get("--model", "toy")
@@ -488,8 +488,7 @@ def shrink(script, words, root, two_runs):
     if "runs/tiny-llada-moe-pairs" in words:
         tiny_folder(root, "tiny-llada-moe")
         flags = ["--model", "tiny-llada-moe", "--data", "tiny-llada-moe/pairs.jsonl"]
-        subprocess.run([sys.executable, ROOT / "train.py", *flags, *TINY, *REAL_TINY], cwd=root,
-                       check=True, capture_output=True)
+        assert cli(train, *flags, *TINY, *REAL_TINY)[0] == 0
         return words
     if script == "bench":
         return words
@@ -505,7 +504,7 @@ def shrink(script, words, root, two_runs):
 
 
 @pytest.mark.parametrize("command", commands_of("README.md", "results/README.md", "FAQ.md"))
-def test_the_commands_of_the_pages_run(command, two_runs, tmp_path):
+def test_the_commands_of_the_pages_run(command, two_runs, tmp_path, cli):
     """As typed there, with sizes made tiny."""
     _, script, *words = shlex.split(command)
     script = script.removesuffix(".py")
@@ -516,10 +515,9 @@ def test_the_commands_of_the_pages_run(command, two_runs, tmp_path):
     pairs = [json.dumps({"prompt": f"say {i}", "response": str(i)}) for i in range(9)]
     (tmp_path / "my.jsonl").write_text("\n".join(pairs))
     (tmp_path / "notes.txt").write_text("fox ruby owl jade")
-    words = shrink(script, words, tmp_path, two_runs)
-    run = subprocess.run([sys.executable, ROOT / f"{script}.py", *words], cwd=tmp_path,
-                         capture_output=True, text=True, input="quit\n")
-    assert run.returncode == 0, run.stderr[-2000:]
+    words = shrink(script, words, tmp_path, two_runs, cli)
+    code, _, err = cli(importlib.import_module(script), *words, stdin="quit\n")
+    assert code == 0, err[-2000:]
 
 
 @pytest.mark.slow
