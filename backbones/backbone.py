@@ -127,7 +127,8 @@ class Backbone(nn.Module):
         """
         where = (past or Past(h.shape[1])).positions(h.shape[1], h.device)
         precision = torch.float32 if self.family.rotary_in_float32 else h.dtype
-        cos, sin = rotary(where, self.config.rotary_dim, self.config.rope_theta, precision)
+        c = self.config
+        cos, sin = rotary(where, c.rotary_dim, c.rope_theta, precision, c.rope_scaling)
         context = Context(cos, sin, None, past, None, {})
         shift = self.config.shift and stop is None
         if shift and need is not None:

@@ -74,15 +74,33 @@ class TiedHead(nn.Module):
         return F.linear(h, self.shared[0].weight)
 
 
-def rotary(positions, dim, theta, dtype):
+def rotary(positions, dim, theta, dtype, scaling=()):
     """cos and sin [..., dim] of positions [...].
 
-    Angles are computed in float32. Channel i is paired with channel i + dim / 2.
+    Angles are computed in float32. Channel i is paired with channel i + dim / 2. scaling: see
+    `scale_frequencies`.
     """
     exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
-    angle = positions.float()[..., None] * theta ** -exponent
+    frequency = theta ** -exponent
+    if scaling:
+        frequency = scale_frequencies(frequency, *scaling)
+    angle = positions.float()[..., None] * frequency
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def scale_frequencies(frequency, factor, low, high, length):
+    """Llama 3's way to a longer window: channels that turn slowly turn slower by `factor`.
+
+    What counts is how often a channel turned within `length`, the window before:
+
+        more than `high` times     it stays as it is
+        less than `low` times      its frequency is divided by the factor
+        between                    a mean of both, which goes evenly from one to the other
+    """
+    turns = length * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / factor)
 
 
 def rotate(x, cos, sin):

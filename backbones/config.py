@@ -45,6 +45,9 @@ NEUTRAL = dict(
 # Where a file says that its weights are quantised.
 QUANTISED = ("quantization_config", "quantization", "compression_config")
 
+# What Llama 3's scaling of the rotation asks; see blocks.scale_frequencies.
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
 # How a token may look at the others; see --attention.
 ATTENTION = re.compile(r"full|block|causal-prompt|causal(:[1-9][0-9]{0,3})?")
 
@@ -80,6 +83,7 @@ class Config:
     top_groups: int = 1
     routed_scale: float = 1.0
     tied: bool = False     # the head is the embedding
+    rope_scaling: tuple = ()  # numbers of Llama 3's scaling, as LLAMA3 names them
     shift: bool = False    # the logits of a token come from the hidden state before it
     block_length: int = 0  # of a block, which sees itself and those before; 0: the family's
     attention: str = ""    # how tokens look at each other, where config.json says so
@@ -133,12 +137,20 @@ class Fields:
             raise ValueError(f"{name} is not a model's configuration")
         self.raw, self.name, self.known = dict(raw), name, set(HARMLESS)
 
-    def read_common(self):
-        """The fields that any model of the library may have."""
+    def read_common(self, may_scale=False):
+        """The fields that any model of the library may have.
+
+        may_scale: the rotation may be Llama 3's. Returns its numbers, () if it is the usual one.
+        """
         self.refuse_quantised()
-        for place in ("rope_parameters", "rope_scaling"):
-            self.read_rotation(place)
+        said = [self.read_rotation(place, may_scale) for place in ("rope_parameters",
+                                                                  "rope_scaling")]
+        said = [scaling for scaling in said if scaling is not None]
+        if any(scaling != said[0] for scaling in said):
+            raise ValueError(f"{self.name}: rope_parameters and rope_scaling do not agree; which "
+                             "of them is right?")
         self.only(**NEUTRAL)
+        return said[0] if said else ()
 
     def get(self, key):
         """The value of a field, which is known from now on."""
@@ -184,16 +196,19 @@ class Fields:
         raise ValueError(f"{self.name}: {key} is {show(value)}, a variant that this code does not "
                          "compute")
 
-    def read_rotation(self, place):
+    def read_rotation(self, place, may_scale):
         """Take rope_theta and the like out of rope_parameters or rope_scaling.
 
         The library has called the same thing by both names, and rope_theta may stand beside it.
+        Returns the numbers of Llama 3's scaling, () for none, None if nothing is said of it.
         """
         inner = self.get(place)
         if inner is None:
-            return
+            return None
         if not isinstance(inner, dict):
             self.refuse(place, inner)
+        kinds = [inner[key] for key in ("rope_type", "type") if inner.get(key) is not None]
+        is_scaled = may_scale and kinds != [] and all(kind == "llama3" for kind in kinds)
         for key, value in inner.items():
             if key in ("rope_theta", "partial_rotary_factor"):
                 before = self.raw.get(key)
@@ -201,9 +216,14 @@ class Fields:
                     raise ValueError(f"{self.name}: {key} is {show(before)}, but {show(value)} in "
                                      f"{place}; which of them is right?")
                 self.raw[key] = value if before is None else before
+            elif is_scaled and key in ("rope_type", "type", *LLAMA3):
+                continue
             elif value is not None and (key, value) not in (("rope_type", "default"),
                                                             ("type", "default")):
                 self.refuse(f"{place}: {show(key)}", value)
+        if is_scaled:
+            return read_scaling(inner, f"{self.name}: {place}")
+        return () if kinds else None
 
     def refuse_quantised(self):
         for key in QUANTISED:
@@ -227,6 +247,17 @@ class Fields:
         if mask is not None:
             check_id(mask, vocab_size, "mask", "mask_token_id", self.name)
         return dict(mask_id=mask, eos_ids=read_ends(self.raw, vocab_size, self.name))
+
+
+def read_scaling(inner, name):
+    """The numbers of Llama 3's scaling in the order of LLAMA3. ValueError if one does not do."""
+    number = Fields(inner, name).number
+    factor = number("factor", kind=float)
+    low, high = (number(key, low=1e-6, kind=float) for key in LLAMA3[1:3])
+    if low >= high:
+        raise ValueError(f"{name}: low_freq_factor is {low}, but it must be below "
+                         f"high_freq_factor, {high}")
+    return factor, low, high, number(LLAMA3[3], high=1 << 30)
 
 
 def read_ends(raw, vocab_size, name, before=()):

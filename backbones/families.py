@@ -323,9 +323,10 @@ def translate(raw, name="config.json"):
     kind = fields.raw.get("model_type")
     for key, family in FAMILIES.items():
         if kind in family.model_types and (not family.marker or family.marker in fields.raw):
-            fields.read_common()
-            sizes = family.translate(fields)
-            if key.startswith("a2d-"):
+            converted = key.startswith("a2d-")
+            scaling = fields.read_common(may_scale=converted)
+            sizes = family.translate(fields) | dict(rope_scaling=scaling)
+            if converted:
                 sizes |= fields.read_conversion()
             config = Config(family=key, **sizes, **fields.special_ids(sizes["vocab_size"]),
                             left_to_right=kind in LEFT_TO_RIGHT,

@@ -1,13 +1,15 @@
 """What dense families have special: tied heads, shifted logits, blocks of 4, left-only layers."""
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from backbones.backbone import Backbone, shift_left, shift_right
+from backbones.backbone import Backbone, build_network, shift_left, shift_right
 from backbones.block_diffusion import block_diffusion
+from backbones.blocks import scale_frequencies
 from backbones.checkpoint import load_backbone
 from backbones.families import PUBLISHED, TINY, translate
 from backbones.lora import lora_weights
@@ -43,6 +45,10 @@ A2D = dict(
     use_sliding_window=False)
 
 
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)
+
+
 def test_fields_that_published_configs_have_are_known():
     assert translate(PUBLISHED["sdar-1.7b"] | SDAR) == translate(PUBLISHED["sdar-1.7b"])
     name = "qwen2.5-coder-0.5b"
@@ -56,7 +62,9 @@ def test_fields_that_published_configs_have_are_known():
     ("smollm2", "mlp_bias", True), ("qwen3-0.6b", "use_sliding_window", True),
     ("qwen2.5-coder-0.5b", "layer_types", ["full_attention"] * 23 + ["sliding_attention"]),
     ("qwen2.5-coder-0.5b", "layer_types", ["full_attention"] * 23),
-    ("smollm2", "rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+    ("smollm2", "rope_scaling", {"rope_type": "yarn", "factor": 8.0}),
+    ("sdar-1.7b", "rope_scaling", LLAMA3), ("llada-8b", "rope_parameters", LLAMA3),
+    ("dream-7b", "rope_scaling", LLAMA3),
     ("smollm2", "hidden_act", "gelu"), ("smollm2", "pretraining_tp", 2),
     ("dream-7b", "block_size", 32), ("sdar-1.7b", "block_size", 0),
     ("llada-moe", "tie_word_embeddings", True), ("llada-8b", "tie_word_embeddings", True),
@@ -65,6 +73,92 @@ def test_other_mathematics_are_refused(name, key, value):
     with pytest.raises(ValueError, match=key) as error:
         translate(PUBLISHED[name] | {key: value})
     assert "\n" not in str(error.value)
+
+
+# ---- Llama 3's rotation -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("scaling", [(8.0, 1.0, 4.0, 64), (32.0, 0.5, 8.0, 64)])
+def test_a_scaled_rotation_is_the_librarys(monkeypatch, scaling):
+    """Logits and gradients of 200 tokens, three times the length of before, layers causal."""
+    rotation = dict(zip(LLAMA3, ("llama3", *scaling)))
+    monkeypatch.setitem(TINY, "smollm2", TINY["smollm2"] | {"rope_scaling": rotation})
+    ours = tiny_backbone("smollm2", attention="causal").requires_grad_(True)
+    assert ours.config.rope_scaling == scaling
+    x, valid, logits = random_batch([200]).x0, torch.ones(1, 200, dtype=torch.bool), {}
+    for kind in ("default", "llama3"):
+        theirs = library_model("smollm2", **(rotation if kind == "llama3" else {}))
+        own = ours.network.state_dict()
+        theirs.load_state_dict(to_library("smollm2", own, theirs.state_dict()))
+        for layer in theirs.model.layers:
+            layer.self_attn.is_causal = True
+        logits[kind] = theirs(x).logits
+    got = all_logits(ours, x, valid)
+    torch.testing.assert_close(got, logits["llama3"], rtol=1e-4, atol=1e-4)
+    assert (got - logits["default"]).abs().max() > 0.1
+    weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(0))
+    for each in (got, logits["llama3"]):
+        (each * weights).sum().backward()
+    own = {key: p.grad for key, p in ours.network.named_parameters()}
+    for key, p in theirs.named_parameters():
+        assert (own[key] - p.grad).norm() <= 1e-4 * p.grad.norm() and p.grad.norm() > 0, key
+
+
+def test_a_scaled_rotation_by_hand():
+    """Within 64 tokens channels turn 8, 2.5 and .5 times: kept, half way, and 8 times slower."""
+    turns = torch.tensor([8.0, 2.5, 0.5])
+    got = scale_frequencies(turns * 2 * math.pi / 64, 8.0, 1.0, 4.0, 64) * 64 / (2 * math.pi)
+    torch.testing.assert_close(got, torch.tensor([8.0, 2.5 * (1 + 1 / 8) / 2, 0.5 / 8]))
+
+
+# Llama 3.2 1B's file, as on the hub.
+LLAMA_32 = dict(
+    architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0,
+    bos_token_id=128000, eos_token_id=[128001, 128008, 128009], head_dim=64, hidden_act="silu",
+    hidden_size=2048, initializer_range=0.02, intermediate_size=8192,
+    max_position_embeddings=131072, mlp_bias=False, model_type="llama", num_attention_heads=32,
+    num_hidden_layers=16, num_key_value_heads=8, pretraining_tp=1, rms_norm_eps=1e-05,
+    rope_scaling=LLAMA3 | dict(factor=32.0, original_max_position_embeddings=8192),
+    rope_theta=500000.0, tie_word_embeddings=True, torch_dtype="bfloat16",
+    transformers_version="4.45.0.dev0", use_cache=True, vocab_size=128256)
+
+
+def test_llama_32_is_read():
+    config = translate(LLAMA_32)
+    assert config.rope_scaling == (32.0, 1.0, 4.0, 8192) and config.left_to_right
+    with torch.device("meta"):
+        network = build_network(config)
+    assert sum(p.numel() for p in network.parameters()) == 1_235_814_400
+
+
+def test_a_scaled_rotation_in_either_place():
+    plain = PUBLISHED["smollm2"]
+    one = translate(plain | {"rope_scaling": LLAMA3})
+    assert one.rope_scaling == (8.0, 1.0, 4.0, 64)
+    inner = LLAMA3 | {"rope_theta": plain["rope_theta"]}
+    without = {key: value for key, value in plain.items() if key != "rope_theta"}
+    assert one == translate(without | {"rope_parameters": inner})
+    assert one == translate(plain | {"rope_parameters": inner, "rope_scaling": LLAMA3})
+
+
+@pytest.mark.parametrize("changes, says", [
+    *(({key: value}, f"rope_scaling: {key} is {value}; it must be a number")
+      for key in list(LLAMA3)[1:] for value in (None, float("nan"), float("inf"), True, -1)),
+    ({"factor": "8"}, "rope_scaling: factor is '8'"), ({"factor": 0.5}, "factor is 0.5; it must"),
+    ({"low_freq_factor": 4.0}, "low_freq_factor is 4.0, but it must be below high_freq_factor"),
+    ({"low_freq_factor": 5.0}, "low_freq_factor is 5.0, but"),
+    ({"original_max_position_embeddings": 64.5}, "original_max_position_embeddings is 64.5"),
+    ({"type": "yarn"}, "rope_scaling: 'rope_type' is 'llama3'"),
+    ({"attention_factor": 2.0}, "rope_scaling: 'attention_factor' is 2.0")])
+def test_a_scaling_that_is_not_whole_is_refused(changes, says):
+    with pytest.raises(ValueError, match=says) as error:
+        translate(PUBLISHED["smollm2"] | {"rope_scaling": LLAMA3 | changes})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("other", [{"rope_type": "default"}, LLAMA3 | {"factor": 4.0}])
+def test_two_scalings_that_do_not_agree_are_refused(other):
+    with pytest.raises(ValueError, match="rope_parameters and rope_scaling do not agree"):
+        translate(PUBLISHED["smollm2"] | {"rope_scaling": LLAMA3, "rope_parameters": other})
 
 
 # ---- Tied heads ---------------------------------------------------------------------------------

@@ -69,15 +69,18 @@ def all_logits(backbone, x, valid, phi=None, s=None):
         memdlm.upper_layers(backbone, s, memdlm.lower_layers(backbone, s, x, valid), valid, phi))
 
 
-def library_model(name):
-    """The library's model of the same architecture, made to look both ways; None if it has none."""
+def library_model(name, **rotation):
+    """The library's model of the same architecture, made to look both ways.
+
+    rotation: what its rope_parameters say beside theta.
+    """
     import transformers
     c = translate(TINY[name])
     common = dict(
         vocab_size=c.vocab_size, hidden_size=c.width, num_hidden_layers=c.layers,
         num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim,
         rms_norm_eps=c.eps, tie_word_embeddings=c.tied,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta})
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta} | rotation)
     model = LIBRARY[name](transformers, c, common)
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
