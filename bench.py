@@ -3,11 +3,11 @@
     python bench.py                             on a CPU: the toy, and LLaDA-MoE and LLaDA2.x in a
                                                 middle size, with random weights
     python bench.py --quick                     the same with fewer cases
-    python bench.py --decoding                  models that look both ways: how fast decoding is
-                                                with a block cache and a threshold, and what that
-                                                changes in the answers of a small trained model
+    python bench.py --decoding                  a block cache and thresholds, in models that look
+                                                both ways: how fast they are, what they change
     python bench.py --scale                     no measurement: the work and memory that real
                                                 models need at 4K to 32K tokens
+    python bench.py --profile                   what a plain and a MemDLM step spend their time on
     python bench.py --model llada-moe --random  on a GPU: a real model's shape in 4-bit, made one
                                                 layer at a time, without a download
     python bench.py --model llada2.1-mini --random --optimizer adamw8bit --lora-dtype bfloat16
@@ -38,16 +38,19 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import kernels
 import memdlm
-from backbones.block_cache import BLOCK_LENGTH, BlockCache
+from backbones import experts
+from backbones.block_cache import BLOCK_LENGTH, BlockCache, check_cache
 from backbones.checkpoint import describe, load_backbone
 from backbones.families import FAMILIES, PUBLISHED, TINY, translate
 from backbones.lora import add_lora
 from backbones.plan import empty_network, lora_sizes, memory_plan, plan_text
 from files import write_json
 from memdlm import Batch, MemDLM
-from runs import build
-from settings import Parser, REAL, Settings, add_flags, names_of, one_line, settings_from_flags
+from runs import build, pick_device
+from settings import (
+    Parser, REAL, Settings, add_flags, enough_memory, names_of, one_line, settings_from_flags)
 from train import Processes, compute_gradients, make_batch, make_optimizer
 
 FLAGS = [name for name in names_of("method", "inner loop", "optimisation", "real models", "loading")
@@ -147,19 +150,36 @@ def read_status(field):
     return float("nan")
 
 
+class Table:
+    """A table whose rows are printed as they come. The first column stands left, the others right.
+
+    first: the width of the first column. The others are as wide as their heads, at least 6.
+    """
+
+    def __init__(self, head, first=0):
+        self.widths = [max(6, len(name)) for name in head]
+        self.widths[0] = max(first, len(head[0]))
+        self.add(head)
+        print("|" + "|".join("-" * (width + 2) for width in self.widths) + "|", flush=True)
+
+    def add(self, row):
+        cells = [cell.rjust(width) for cell, width in zip(row, self.widths)]
+        cells[0] = row[0].ljust(self.widths[0])
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def print_table(rows):
-    """Rows of text, the head first. The first column stands left, the others right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for number, row in enumerate(rows):
-        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
-        cells[0] = row[0].ljust(widths[0])
-        print("| " + " | ".join(cells) + " |")
-        if number == 0:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    """Rows of text that are all there, the head first."""
+    table = Table(rows[0], max(len(row[0]) for row in rows))
+    for row in rows[1:]:
+        table.add(row)
     print(flush=True)
 
 
 # ---- What is measured ---------------------------------------------------------------------------
+
+WIDEST = len("llada2.1-mini, 32k words")  # of the names of cases
+
 
 class Case(NamedTuple):
     """A model and the batches for it."""
@@ -187,10 +207,10 @@ def toy_case(kind):
     return Case(f"toy, {kind}", model.backbone, s, lambda seed: make_batch(s, data, seed))
 
 
-def middle_case(name, vocabulary, lora=True):
+def middle_case(name, vocabulary, lora=True, device="cpu"):
     """A real model in a middle size with random weights: 2 samples of 512 tokens."""
     raw = PUBLISHED[name] | MIDDLE[name] | {"vocab_size": vocabulary}
-    backbone = load_backbone(raw, random=True, dtype="float32", device="cpu")
+    backbone = load_backbone(raw, random=True, dtype="float32", device=device)
     if lora:
         add_lora(backbone, 32, 64.0, 0.05)
     s = Settings(model=name, batch=2)
@@ -305,20 +325,26 @@ def measure_training(case, repeats, clock):
     }
 
 
-def steps_table(results):
-    out = [("case", "plain s", "MemDLM s", "ratio", "counted", "floor", "plain GF", "MemDLM GF",
-            "plain / logits everywhere", "adapt / forward", "counted", "MB plain", "MB MemDLM",
-            "MB adapt")]
+STEPS = ("case", "plain s", "MemDLM s", "ratio", "counted", "floor", "plain GF", "MemDLM GF")
+
+
+def step_row(result):
+    seconds, gflop = result["seconds"], result["gflop"]
+    ratios = [result[key] for key in ("ratio", "counted", "floor")]
+    return (result["case"], f"{seconds['plain']:.3f}", f"{seconds['MemDLM']:.3f}",
+            *(f"{x:.2f}" for x in ratios), f"{gflop['plain']:.1f}", f"{gflop['MemDLM']:.1f}")
+
+
+def others_table(results):
+    """What else was measured with the steps."""
+    out = [("case", "plain / everywhere", "adapting", "counted", "plain MB", "MemDLM MB",
+            "adapt MB")]
     for result in results:
-        seconds, gflop, memory = result["seconds"], result["gflop"], result["extra_mb"]
-        ratios = [result[key] for key in ("ratio", "counted", "floor")]
-        others = [result[key] for key in ("against_logits_everywhere", "adapt_forwards",
+        ratios = [result[key] for key in ("against_logits_everywhere", "adapt_forwards",
                                           "adapt_forwards_counted")]
-        out.append((result["case"], f"{seconds['plain']:.3f}", f"{seconds['MemDLM']:.3f}",
-                    *(f"{x:.2f}" for x in ratios),
-                    f"{gflop['plain']:.1f}", f"{gflop['MemDLM']:.1f}",
-                    *(f"{x:.2f}" for x in others),
-                    *(f"{memory[label]:.0f}" for label in ("plain", "MemDLM", "adapt"))))
+        out.append((result["case"], *(f"{x:.2f}" for x in ratios),
+                    *(f"{result['extra_mb'][label]:.0f}" for label in ("plain", "MemDLM",
+                                                                       "adapt"))))
     return out
 
 
@@ -365,16 +391,14 @@ def count_positions(backbone, work):
     return count
 
 
-def decoding_table(results):
-    out = [("case", "prompt", "new", "s / token", "s / token, whole window", "times faster",
-            "positions", "of the whole window")]
-    for result in results:
-        out.append((result["case"], str(result["prompt"]), str(result["new"]),
-                    f"{result['seconds_per_token']:.4f}",
-                    f"{result['window_seconds_per_token']:.4f}",
-                    f"{result['times_faster']:.1f}",
-                    f"{result['positions']:,}", f"{result['window_positions']:,}"))
-    return out
+DECODING = ("case", "prompt", "new", "s / token", "window s", "faster", "positions", "window")
+
+
+def decoding_row(result):
+    return (result["case"], f"{result['prompt']:,}", str(result["new"]),
+            f"{result['seconds_per_token']:.4f}", f"{result['window_seconds_per_token']:.4f}",
+            f"{result['times_faster']:.1f}",
+            f"{result['positions']:,}", f"{result['window_positions']:,}")
 
 
 def measure_batch_of_eight(repeats, clock):
@@ -488,6 +512,8 @@ def measure_trade_off(steps, samples):
     """What the cache and a threshold change in 96 tokens after a prompt of 96."""
     language, prompt, rows, exact = Language(), 96, {}, None
     backbone = train_on_language(language, steps)
+    table = Table(("96 + 96 tokens, trained", "tokens unlike exact", "words right", "looks",
+                   "positions", "CPU s / token"))
     batches = [language.batch(f"test {i}", 1, prompt) for i in range(samples)]
     for name, way in WAYS.items():
         begin, done = time.process_time(), []
@@ -495,11 +521,13 @@ def measure_trade_off(steps, samples):
             decode_one_way(backbone, batch, way) for batch in batches))
         seconds, canvas = time.process_time() - begin, torch.cat([x for x, _ in done])
         exact = canvas if exact is None else exact  # the first way
-        rows[name] = {
+        row = rows[name] = {
             "differ": float((canvas != exact)[:, prompt:].float().mean()),
             "right": language.share_right(canvas, prompt),
             "looks": sum(count for _, count in done) / samples, "positions": positions / samples,
             "seconds_per_token": seconds / samples / 96}
+        table.add((name, f"{row['differ']:.3f}", f"{row['right']:.3f}", f"{row['looks']:.1f}",
+                   f"{row['positions']:,.0f}", f"{row['seconds_per_token']:.4f}"))
     return rows
 
 
@@ -526,31 +554,33 @@ def measure_both_ways(quick, repeats):
     """Decoding of models that look both ways, on one thread."""
     torch.set_num_threads(1)
     speed = measure_cache(1 if quick else repeats)
-    rows = measure_trade_off(*(20, 4) if quick else (800, 32))
     print_table([("1,024 + 128 tokens, dense, middle size", "CPU s / token", "looks", "positions")]
                 + [(name, f"{row['seconds_per_token']:.4f}", str(row["looks"]),
                     f"{row['positions']:,}") for name, row in speed.items()])
-    print_table([("96 + 96 tokens, trained", "tokens unlike exact", "words right", "looks",
-                  "positions", "CPU s / token")]
-                + [(name, f"{row['differ']:.3f}", f"{row['right']:.3f}", f"{row['looks']:.1f}",
-                    f"{row['positions']:,.0f}", f"{row['seconds_per_token']:.4f}")
-                   for name, row in rows.items()])
+    rows = measure_trade_off(*(20, 4) if quick else (800, 32))
     return {"speed": speed, "trade_off": rows}
 
 
 # ---- The tables of a CPU ------------------------------------------------------------------------
 
 def measure_cpu(quick, repeats):
-    """Measure the toy and the models of a middle size on one thread, and print the tables."""
+    """Measure the toy and the models of a middle size on one thread. Print what is measured."""
     torch.set_num_threads(1)
     clock, steps, decodes = Clock(torch.device("cpu")), [], []
     makers = [partial(toy_case, "dictionary"), partial(toy_case, "languages")]
     for name in MIDDLE:
         for vocabulary in (8192,) if quick else (8192, 32768):
             makers.append(partial(middle_case, name, vocabulary))
+    print("A training step: seconds, their ratio, and the matrix products counted (GF: GFLOP).")
+    table = Table(STEPS, WIDEST)
     for make in makers:
         steps.append(measure_training(make(), repeats, clock))
-        print(steps[-1]["case"], "measured", flush=True)
+        table.add(step_row(steps[-1]))
+    print("\nA plain step against one with logits everywhere. Adapting to a prompt, in forward "
+          "passes.\nMB: what the work needs beyond what the process holds.")
+    print_table(others_table(steps))
+    print("Decoding, against a forward pass of the whole window for each token, and its positions.")
+    table = Table(DECODING, WIDEST)
     for name in MIDDLE:
         case = middle_case(name, 8192, lora=False)  # as after merging it
         in_blocks = case.backbone.decoder is not memdlm.denoise
@@ -561,38 +591,71 @@ def measure_cpu(quick, repeats):
         for prompt, new in sizes[:2] if quick else sizes:
             rounds = 1 if prompt > 1024 else repeats
             decodes.append(measure_decoding(case, prompt, new, rounds, clock))
+            table.add(decoding_row(decodes[-1]))
     eight = measure_batch_of_eight(repeats, clock)
-    print()
-    print_table(steps_table(steps))
-    print_table(decoding_table(decodes))
-    print(f"toy: adapting to and answering 8 prompts at once is {eight:.1f} times faster than one "
-          "by one")
+    print(f"\ntoy: adapting to and answering 8 prompts at once is {eight:.1f} times faster than "
+          "one by one")
     return {"steps": steps, "decoding": decodes, "toy_batch_of_eight": eight}
 
 
 # ---- Real models on a GPU -----------------------------------------------------------------------
 
-def measure_real(name, s, length, repeats, tiny, new_tokens):
-    """Load a real model's shape with random weights, and measure all that is done with it."""
+def real_shape(name, tiny):
     raw = PUBLISHED[name]
-    if tiny:
-        raw = raw | TINY[name] | {"mask_token_id": 301, "eos_token_id": 300}
-    plan = memory_plan(translate(raw), s, length)
-    print(plan_text(plan))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock, backbones = Clock(device), []
-    result = {"planned": dict(plan), "planned_total": sum(size for _, size in plan)}
-    result["load"] = clock(lambda: backbones.append(load_random(raw, s, device)))
-    backbone = backbones[0]
+    return raw | TINY[name] | {"mask_token_id": 301, "eos_token_id": 300} if tiny else raw
+
+
+def real_case(name, s, length, tiny):
+    """A real model's shape with random weights, on the GPU if there is one."""
+    backbone = load_random(real_shape(name, tiny), s, pick_device(s))
     print(describe(backbone), flush=True)
+    vocabulary = backbone.config.vocab_size - 64
 
     def batch(seed, length=length, prompt=0.75):
-        vocabulary = backbone.config.vocab_size - 64
         return random_batch(vocabulary, backbone.mask_id, s, length, seed, prompt)
+    return Case(name, backbone, s, batch)
 
-    window = length + new_tokens
-    first, to_decode = batch(0), batch(0, window, length / window)
-    steps = steps_of(Case(name, backbone, s, batch))
+
+def measure_real(name, s, length, repeats, tiny, new_tokens, room=None):
+    """Load a real model's shape with random weights, and measure all that is done with it.
+
+    A row is printed when it is measured. What does not fit in memory is said, and the rest goes on.
+    room: bytes that the GPU's memory is capped to.
+    """
+    plan = memory_plan(translate(real_shape(name, tiny)), s, length)
+    print(plan_text(plan, room))
+    planned = sum(size for _, size in plan)
+    clock, cases = Clock(torch.device(pick_device(s))), []
+    result = {"planned": dict(plan), "planned_total": planned}
+    result["load"] = clock(lambda: cases.append(real_case(name, s, length, tiny)))
+    works = works_of(cases[0], length, new_tokens)
+    for labels in (["plain step", "MemDLM step"], *([label] for label in [*works][2:])):
+        try:  # the two steps in turns, for their ratio
+            result |= time_in_turns({label: works[label] for label in labels}, repeats, clock)
+        except torch.OutOfMemoryError:
+            result |= {label: None for label in labels}
+        for label in labels:
+            print(f"{label:30} {seconds_and_peak(result[label])}", flush=True)
+    if result["MemDLM step"]:
+        (plain, _), (seconds, peak) = result["plain step"], result["MemDLM step"]
+        print(f"{'MemDLM / plain step':30} {seconds / plain:8.2f}")
+        if peak:
+            print(f"{'MemDLM step, peak / planned':30} {peak / planned:8.2f}")
+    return result
+
+
+def seconds_and_peak(measured):
+    if measured is None:
+        return "does not fit in memory"
+    seconds, peak = measured
+    return f"{seconds:8.3f} s" + (f"   peak {peak / 2**30:6.2f} GiB" if peak else "")
+
+
+def works_of(case, length, new_tokens):
+    """{label: work(seed)}: all that is done with a real model."""
+    _, backbone, s, batch = case
+    window, steps, first = length + new_tokens, steps_of(case), batch(0)
+    to_decode = batch(0, window, length / window)
     works = {
         "plain step": steps["plain"],
         "MemDLM step": steps["MemDLM"],
@@ -601,13 +664,38 @@ def measure_real(name, s, length, repeats, tiny, new_tokens):
             backbone.eval(), s, first.x0, first.valid, first.seeds),
         f"decoding {new_tokens} tokens": lambda seed: run_decoder(backbone.eval(), s, to_decode),
     }
-    for label, (seconds, peak) in time_in_turns(works, repeats, clock).items():
-        result[label] = [seconds, peak]
-        memory = f"   peak {peak / 2**30:6.2f} GiB" if peak else ""
-        print(f"{label:22} {seconds:8.3f} s{memory}", flush=True)
-    ratio = result["MemDLM step"][0] / result["plain step"][0]
-    print(f"MemDLM / plain step    {ratio:8.2f}")
-    return result
+    try:
+        check_cache(backbone)
+        works[f"decoding {new_tokens} with a cache"] = lambda seed: decode_one_way(
+            backbone.eval(), to_decode, WAYS["cache"])
+    except ValueError:
+        pass  # this model always has a cache of its own, or can have none
+    return works
+
+
+def cap_memory(gib):
+    """Let PyTorch have so many GiB of the GPU's memory, and no more. Returns the bytes."""
+    if not torch.cuda.is_available():
+        raise ValueError("--memory-cap needs a GPU: on a CPU PyTorch's memory has no cap")
+    whole = torch.cuda.get_device_properties(0).total_memory
+    if not 0 < gib * 2**30 <= whole:
+        raise ValueError(f"--memory-cap is {gib:g}; it must lie above 0 and be at most "
+                         f"{whole / 2**30:.1f}, the GiB of this GPU")
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole)
+    return int(gib * 2**30)
+
+
+def measure_profile(case):
+    """What a plain and a MemDLM step spend their time on."""
+    clock, works, result = Clock(torch.device(pick_device(case.s))), steps_of(case), {}
+    for label in ("plain", "MemDLM"):
+        step = partial(works[label], 1)
+        step()  # warms up
+        seconds, _ = clock(step)
+        summary = kernels.summarise(kernels.record(step, clock.cuda), seconds)
+        print(kernels.summary_text(f"{case.name}, {label} step", summary), flush=True)
+        result[label] = summary
+    return {"case": case.name, "profile": result}
 
 
 def load_random(raw, s, device):
@@ -700,19 +788,25 @@ def print_scale():
 # ---- The command line ---------------------------------------------------------------------------
 
 def make_parser():
-    parser = Parser(["--quick", "--decoding", "--scale", "--model", "--random", "--tiny", "--json"],
-                    description=__doc__)
+    parser = Parser(["--quick", "--decoding", "--scale", "--profile", "--model", "--random",
+                     "--tiny", "--memory-cap", "--json"], description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="without --model: fewer cases")
     add("--decoding", action="store_true",
         help="decode with a block cache and thresholds, measure speed and answers, and stop")
     add("--scale", action="store_true",
         help="count the work and memory of real models at growing lengths, and stop")
+    add("--profile", action="store_true",
+        help="what a step of --model or of a middle size spends its time on, and stop")
     add("--model", choices=list(PUBLISHED), metavar="NAME",
         help=f"a real model's shape, on a GPU: {', '.join(PUBLISHED)}")
     add("--random", action="store_true",
         help="random weights of the published shape (the only kind there is yet)")
     add("--tiny", action="store_true", help="tiny shapes, for a CPU")
+    add("--memory-cap", type=float, metavar="GIB",
+        help="with --model, on a GPU: use so much of its memory at most, as on a smaller one")
+    add("--experts", choices=["grouped", "padded"],
+        help="how a GPU multiplies the experts' rows, in place of what is fast on it")
     add("--length", type=int, default=4096, help="tokens per sample [default 4096]")
     add("--new-tokens", type=int, default=32,
         help="tokens to decode after the prompt [default 32]")
@@ -727,6 +821,12 @@ def measure_as_told(arguments, given):
     """The measurement that the command line asks for. `given`: settings among its flags."""
     if arguments.decoding:
         return measure_both_ways(arguments.quick, arguments.repeats)
+    if arguments.memory_cap is not None and arguments.model is None:
+        raise ValueError("--memory-cap goes with --model: all else is measured on a CPU")
+    room = None if arguments.memory_cap is None else cap_memory(arguments.memory_cap)
+    if arguments.model is None and arguments.profile:
+        torch.set_num_threads(1)
+        return measure_profile(middle_case("llada-moe", 8192, device=pick_device(Settings())))
     if arguments.model is None:
         return measure_cpu(arguments.quick, arguments.repeats)
     if not arguments.random:
@@ -741,15 +841,20 @@ def measure_as_told(arguments, given):
     s = Settings(**{**defaults, **given, "model": arguments.model})
     if s.threads:
         torch.set_num_threads(s.threads)
-    result = measure_real(arguments.model, s, arguments.length, arguments.repeats, arguments.tiny,
-                          arguments.new_tokens)
+    if arguments.experts:
+        experts.pads = lambda x: arguments.experts == "padded"
+    if arguments.profile:
+        result = measure_profile(real_case(s.model, s, arguments.length, arguments.tiny))
+    else:
+        result = measure_real(s.model, s, arguments.length, arguments.repeats, arguments.tiny,
+                              arguments.new_tokens, room)
     return {"model": arguments.model, "tiny": arguments.tiny, "length": arguments.length, **result}
 
 
 def main():
     arguments = make_parser().parse_args()
     given = {name: value for name, value in vars(arguments).items() if name in FLAGS}
-    with one_line():
+    with one_line(), enough_memory():
         if min(arguments.repeats, arguments.length, arguments.new_tokens) < 1:
             raise ValueError("--repeats, --length and --new-tokens must be at least 1")
         if arguments.scale:

@@ -20,10 +20,11 @@ FLOORS = [
     {"toy", "backbones", "objectives"},
     {"settings"},
     {"runs"},
-    {"compare", "pages", "memory", "cards", "trackers"},
+    {"compare", "pages", "memory", "cards", "trackers", "kernels"},
     {"train", "generate", "export"},
     {"paper"},
     {"evaluate", "bench"},
+    {"first_gpu"},
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
