@@ -397,8 +397,8 @@ def test_help_is_quick_and_heavy_packages_stay_out():
     assert "--inner-lr" in run.stdout and "toy, from prompt 0.3" in run.stdout
 
 
-@pytest.mark.parametrize("line", ["train", "generate", "bench", "export", "first_gpu",
-                                  "evaluate", "evaluate compare", "evaluate tasks", "evaluate claims"])
+@pytest.mark.parametrize("line", ["train", "generate", "bench", "export", "first_gpu", "evaluate",
+                                  "evaluate compare", "evaluate tasks", "evaluate claims"])
 def test_help_fits_a_screen_and_help_all_has_the_rest(cli, monkeypatch, line):
     monkeypatch.setenv("COLUMNS", "100")
     script, *command = line.split()
