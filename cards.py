@@ -158,13 +158,14 @@ def load_adapter_text(s):
         words.append("--adapt")
     name = json.dumps(base_of(s) or s.model)
     snippet = ("from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-               f"base = AutoModelForCausalLM.from_pretrained({name}, trust_remote_code=True)\n"
+               f"base = AutoModelForCausalLM.from_pretrained({name})\n"
                'model = PeftModel.from_pretrained(base, "ADAPTER")')
     sight = smollm2.is_meant(s.model) or s.shift or s.attention != "auto"
     return ["ADAPTER is this folder, or its id on the hub.",
             command_block([*words, "--prompt", "..."]),
             "With PEFT, on the base as the transformers library loads it. Take the class that the "
-            "base's own card names, with the head for tokens. This may run code of the base:",
+            "base's own card names, with the head for tokens. If the base brings code of its own, "
+            "the library asks for trust_remote_code=True: read that code first.",
             code_block("python", snippet),
             "There the base looks left only, if it was trained so. With the command above it "
             "computes what it did in training." if sight else ""]

@@ -1,8 +1,7 @@
 """MemDLM: memory-enhanced training of masked diffusion language models, in one file.
 
 The paper is Pei et al., "MemDLM: Memory-Enhanced DLM Training", arXiv 2603.22241. Numbers of
-equations, sections and figures are its own. `Differs:` marks where the paper, its
-published code and ours are not the same.
+equations, sections and figures are its own. `Differs:` marks where it, its code and ours differ.
 
 The idea. A masked diffusion language model learns to fill in tokens that were hidden at random
 (Eq. 1-2): in one step, from true text. It generates in many steps, from its own guesses. That gap
@@ -376,8 +375,7 @@ def sgd_step(s, phi, grads, loss):
 def write_from_response(backbone, s, batch, t, xt, masked, h):
     """The paper's training: the inner loop sees the anchor and the answers of the outer loss."""
     def lower(x):
-        # Stage 2 and the outer pass read the same anchor: h, what the lower layers make of it, is
-        # computed once and used twice. (A pre-anchor that could add no mask is the anchor too.)
+        # Stage 2 and the outer pass read the same anchor, of which the lower layers make h: once.
         return h if torch.equal(x, xt) else lower_layers(backbone, s, x, batch.valid)
     path = stages(s, batch.x0, masked, batch.maskable, t, batch.seeds, backbone.mask_id)
     # Differs: 3.1 says "a specific batch", 3.3 "per-sample". The published code shares one phi in
@@ -502,16 +500,20 @@ def adapt(backbone, s, prompt, valid, seeds, order="first"):
     """Run the inner loop on prompts; every token may be masked. One phi per prompt.
 
     prompt [B, P] tokens, valid [B, P] bool, seeds: B entries. Returns what `inner_loop` returns.
-    Differs: the published code masks with unseeded noise, may mask nothing in a short prompt (then
-    nothing is adapted, silently), and leaves dropout on. Ours draws from the seeds, masks at least
-    one token, and runs in eval mode.
+    Differs: the published code draws unseeded, may mask nothing, and leaves dropout on. Ours draws
+    from the seeds, masks at least one token, and runs in eval mode.
     """
+    path, phi = prompt_stages(backbone, s, prompt, valid, seeds), fresh_phi(backbone, s, seeds)
+    with eval_mode(backbone):
+        return inner_loop(backbone, s, path, prompt, valid,
+                          lambda x: lower_layers(backbone, s, x, valid), phi, order)
+
+
+def prompt_stages(backbone, s, prompt, valid, seeds):
+    """The stages that `adapt` walks through: its anchor masks a share `anchor_ratio`."""
     masked = at_least_one(valid, uniform(seeds, "prompt anchor", prompt.shape[1]), s.anchor_ratio)
     t = torch.full((len(prompt),), s.anchor_ratio)
-    path = stages(s, prompt, masked, valid, t, seeds, backbone.mask_id, weighted=False)
-    phi, lower = fresh_phi(backbone, s, seeds), lambda x: lower_layers(backbone, s, x, valid)
-    with eval_mode(backbone):
-        return inner_loop(backbone, s, path, prompt, valid, lower, phi, order)
+    return stages(s, prompt, masked, valid, t, seeds, backbone.mask_id, weighted=False)
 
 
 # ---- 9. Decoding --------------------------------------------------------------------------------
@@ -660,12 +662,9 @@ def exposure_bias(backbone, s, x0, maskable, valid, seeds, ratios, phi=None):
 
 # ---- 11. Variants that the paper compares, extensions, and what may be set ----------------------
 
-def write_from_prompt(backbone, s, batch, t, xt, masked, h):
-    """Extension: the inner loop that runs at inference, so theta learns to read phi."""
-    return adapt(backbone, s, batch.prompt, batch.prompt_valid, batch.seeds, s.order)
-
-
-WRITE_FROM = {"response": write_from_response, "prompt": write_from_prompt}
+# The prompt is an extension: the inner loop that runs at inference, so theta learns to read phi.
+WRITE_FROM = {"response": write_from_response, "prompt": lambda backbone, s, batch, *_: adapt(
+    backbone, s, batch.prompt, batch.prompt_valid, batch.seeds, s.order)}
 
 
 def clip_factors(s, norms):

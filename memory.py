@@ -107,11 +107,7 @@ def prompt_loss(s, backbone, batch, phi):
 def targets_of_writing(s, backbone, batch):
     """Where each inner step of `write_memory` has its loss: a list of [B, P] bool.
 
-    They are drawn once more as `memdlm.adapt` draws them.
+    They are drawn once more.
     """
-    prompt, valid, seeds = batch.prompt, batch.prompt_valid, prompt_seeds(batch)
-    u = memdlm.uniform(seeds, "prompt anchor", prompt.shape[1])
-    masked, t = memdlm.at_least_one(valid, u, s.anchor_ratio), torch.full((len(prompt),),
-                                                                          s.anchor_ratio)
-    path = memdlm.stages(s, prompt, masked, valid, t, seeds, backbone.mask_id, weighted=False)
+    path = memdlm.prompt_stages(backbone, s, batch.prompt, batch.prompt_valid, prompt_seeds(batch))
     return [stage.targets for stage in path]

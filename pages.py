@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import html
 import string
+from statistics import fmean
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
@@ -448,7 +449,7 @@ def format_report(report):
     """One prompt's part of the page: a heading, a sentence and a panel for each question."""
     share = sum(times > 0 for *_, times in report.tokens) / len(report.tokens)
     fell = sum(after < before for _, before, after, _ in report.tokens)
-    before, after = (mean(token[i] for token in report.tokens) for i in (1, 2))
+    before, after = (fmean(token[i] for token in report.tokens) for i in (1, 2))
     changed = [sum(part.without != part.with_memory for part in parts if not part.given)
                for parts in report.answers]
     asked = [sum(not part.given for part in parts) for parts in report.answers]
@@ -474,11 +475,6 @@ a dot it was never asked for. Here {share:.0%} of the tokens have one, {fell} of
 which is the model as it was. A token in a frame with ≠ is there because of phi.
 {"✓ is right, ✗ is wrong." * any(part.right is not None for part in sum(report.answers, []))}</p>
 {answers}"""
-
-
-def mean(numbers):
-    numbers = list(numbers)
-    return sum(numbers) / len(numbers)
 
 
 def split_name(name):

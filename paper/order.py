@@ -37,8 +37,7 @@ from typing import NamedTuple
 
 import torch
 
-import memdlm
-from compare import mark_right, pyplot, save_picture
+from compare import mark_right, pyplot, save_picture, write_phi
 from console import last_words
 from data import Sample, collate
 from files import read_json, write_json, write_text
@@ -56,7 +55,6 @@ KEYS = [word for word in WORDS.words[len(SPECIALS):] if word not in VALUES]
 TRAINED, ASKED = (8, 16, 32, 64), 8  # pairs of a prompt, keys that are asked for
 MEASURED, SAMPLES = (8, 16, 32, 64, 128), 128
 EXPLORING, CONFIRMING = 100, (0, 1, 2)
-
 
 
 # ---- What is trained ----------------------------------------------------------------------------
@@ -197,18 +195,16 @@ def peak_memory():
 @torch.no_grad()
 def measure_recall(s, model):
     """{way: {pairs: share of answers right}}. Without phi, with phi of the prompt, of another."""
-    recall = {"alone": {}, "own": {}, "another": {}}
+    sources = {"alone": "nothing", "own": "prompt", "another": "another"}
+    recall = {way: {} for way in sources}
     model.eval()
     for pairs in MEASURED:
         right = dict.fromkeys(recall, 0.0)
         for start in range(0, SAMPLES, 32):
             names = [f"test {pairs} {number}" for number in range(start, start + 32)]
             batch = make_batch(names, pairs, s.closed_book)
-            for way, shift in (("alone", None), ("own", 0), ("another", 1)):
-                phi = None
-                if shift is not None:
-                    phi, _ = memdlm.adapt(model.backbone, s, batch.prompt.roll(shift, 0),
-                                          batch.prompt_valid, batch.seeds)
+            for way, source in sources.items():
+                phi = write_phi(model, s, source, batch)
                 right[way] += float(mark_right(model, s, batch, phi).sum())
         for way in recall:
             recall[way][str(pairs)] = right[way] / (SAMPLES * min(ASKED, pairs))

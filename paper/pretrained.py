@@ -47,7 +47,8 @@ from export import export
 from files import read_json, write_json, write_text
 from paper.claims import Claim, judge_claims, subtract
 from paper.conversion import (
-    ARMS as WAYS, choose_masks, cut_pieces, is_held_out, read_corpus, train_run,
+    ARMS as WAYS, choose_masks, cut_pieces, encode, is_held_out, make_records, read_corpus,
+    read_plots, train_run,
 )
 from paper.ladder import LADDER
 from paper.measures import mean
@@ -117,10 +118,8 @@ def make_reviews():
 
 def make_base_records(seed):
     """What a base learns from: plots, and as many questions for codes, in an order of its own."""
-    plots = [row["text"] for row in read_corpus() if row["category"] == "plot"]
-    plots = [plot for plot in dict.fromkeys(plots) if not is_held_out(plot)]
-    rng = random.Random(f"base {seed}")
-    records = [record for plot in plots for record in cut_pieces(plot, "Go on with this text:")]
+    plots = [plot for plot in read_plots() if not is_held_out(plot)]
+    rng, (records, _) = random.Random(f"base {seed}"), make_records()
     records += [make_question(rng, rng.choice(plots).split()[:40], rng.randint(2, 8))[0]
                 for _ in records]
     rng.shuffle(records)
@@ -147,12 +146,6 @@ def held_out_reviews(tokenizer, count):
     samples = [Sample(prompt, rest, [True] * len(rest))
                for prompt, rest in (encode(tokenizer, record) for record in records)]
     return samples, [f"review {number}" for number in range(count)]
-
-
-def encode(tokenizer, record):
-    """A record -> its prompt and its response as token ids, as in training."""
-    return tokenizer.chat([{"role": "user", "content": record["prompt"]},
-                           {"role": "assistant", "content": record["response"]}])
 
 
 def batches_of(samples, names, closed_book=False, size=4):
@@ -245,7 +238,9 @@ def run_pretrained(seeds=SEEDS):
         for name in ("base", "raw", *ARMS):
             if name in results.setdefault(seed, {}):
                 continue
-            results[seed][name] = make_and_measure(name, seed, reviews)
+            raw = [arms[name] for arms in results.values() if name == "raw" and name in arms]
+            # The weights as they came are the same for every seed.
+            results[seed][name] = raw[0] if raw else make_and_measure(name, seed, reviews)
             write_json(path, results)
             if seed != "0":
                 write_text(RESULTS / "pretrained.md", make_page(results))
@@ -256,7 +251,7 @@ def run_pretrained(seeds=SEEDS):
 def make_and_measure(name, seed, reviews):
     """Train a model, if it is one to train, and measure it."""
     folder, base = RUNS / seed / name.replace(",", "").replace(" ", "-"), RUNS / seed / "weights"
-    if name == "raw":  # the same for every seed, but cheap beside the rest
+    if name == "raw":
         s, data, model = open_model(None, "smollm2", dict(
             attention="causal", shift=True, device="cpu", dtype="float32", threads=1))
         return measure_all(s, data, model, False)

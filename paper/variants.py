@@ -7,15 +7,15 @@ can also give a run the pace of another.
 """
 from __future__ import annotations
 
-import json
-
 import torch
 
 import memdlm
+from files import read_json
 from memdlm import MemDLM
 from runs import save_checkpoint
-from train import Processes, check_finite, compute_gradients, learning_rate, make_batches
-from train import prepare, step_seeds
+from train import (
+    Processes, check_finite, compute_gradients, learning_rate, make_batches, prepare, step_seeds,
+)
 
 
 # ---- Another phi --------------------------------------------------------------------------------
@@ -25,7 +25,7 @@ class ReplacedPhi(MemDLM):
 
     def memdlm_step(self, batch, t, xt, masked):
         h = memdlm.lower_layers(self.backbone, self.s, xt, batch.valid)
-        phi, record = self.write(batch, t, xt, masked, h.detach())
+        phi, record = self.write(batch, t, xt, masked, h)
         phi = self.replaced_phi(phi, batch)
         top = memdlm.upper_layers(self.backbone, self.s, h, batch.valid, phi, masked)
         return memdlm.token_nll(self.backbone, top, batch.x0, masked), record, h
@@ -64,10 +64,8 @@ class ShuffledTargets(ReplacedPhi):
         s, backbone = self.s, self.backbone
 
         def lower(x):
-            with torch.no_grad():
-                return h if torch.equal(x, xt) else memdlm.lower_layers(backbone, s, x, batch.valid)
-        path = memdlm.stages(s, batch.x0, masked, batch.maskable, t, batch.seeds, backbone.mask_id,
-                             weighted=True)
+            return h if torch.equal(x, xt) else memdlm.lower_layers(backbone, s, x, batch.valid)
+        path = memdlm.stages(s, batch.x0, masked, batch.maskable, t, batch.seeds, backbone.mask_id)
         phi = memdlm.fresh_phi(backbone, s, batch.seeds)
         return memdlm.inner_loop(backbone, s, path, shuffle(batch), batch.valid, lower, phi)
 
@@ -88,7 +86,7 @@ class TwoPasses(MemDLM):
     def memdlm_step(self, batch, t, xt, masked):
         s, backbone = self.s, self.backbone
         h = memdlm.lower_layers(backbone, s, xt, batch.valid)
-        phi, record = memdlm.write_from_response(backbone, s, batch, t, xt, masked, h.detach())
+        phi, record = memdlm.write_from_response(backbone, s, batch, t, xt, masked, h)
         rows = [memdlm.rows_at(memdlm.upper_layers(backbone, s, h, batch.valid, p, masked), masked)
                 for p in (None, phi)]
         loss = backbone.per_row(self.combine, *rows, batch.x0[masked])  # [N]
@@ -161,7 +159,7 @@ def tune(s, folder, variant):
     one. Every update has then the direction of this run and the norm of that one's.
     """
     name, _, leader = variant.partition(AT_THE_PACE_OF)
-    pace = read_moves(folder.parent / leader) if leader else None
+    pace = read_json(folder.parent / leader / "measures.json")["moves"] if leader else None
     s, data, model, optimizer, _ = prepare(s, folder, False, Processes())
     model, moves = VARIANTS[name](model.backbone, s), []
     parameters = optimizer.param_groups[0]["params"]
@@ -186,10 +184,6 @@ def tune(s, folder, variant):
     save_checkpoint(folder, model, optimizer, s.steps)
     whole = distance(parameters, begun)
     return {"moves": moves, "moved in all": sum(moves), "moved from the start": whole}
-
-
-def read_moves(folder):
-    return json.loads((folder / "measures.json").read_text(encoding="utf-8"))["moves"]
 
 
 def distance(parameters, before):

@@ -111,3 +111,21 @@ def test_the_page_counts_finished_seeds_and_judges_pairs(tmp_path):
     path.write_text(json.dumps(list(rows.values())))
     judged = pretrained_rows([], path)
     assert len(judged) == len(rows) and all(row["base"] == "SmolLM2-135M" for row in judged)
+
+
+def test_the_raw_weights_are_measured_once_and_nothing_twice(corpus, tmp_path, monkeypatch):
+    for name in ("RUNS", "RESULTS", "LADDER"):
+        monkeypatch.setattr(pretrained, name, tmp_path / name)
+    (tmp_path / "RESULTS").mkdir()
+    asked = []
+
+    def make_and_measure(name, seed, reviews):
+        asked.append((name, seed))
+        return {"codes alone": 0.5}
+    monkeypatch.setattr(pretrained, "make_and_measure", make_and_measure)
+    for _ in range(2):
+        pretrained.run_pretrained((1, 2))
+    assert len(asked) == len({*asked}) == 2 * (2 + len(pretrained.ARMS)) - 1
+    assert [seed for name, seed in asked if name == "raw"] == ["1"]
+    results = json.loads((tmp_path / "RESULTS" / "pretrained.json").read_text())
+    assert results["2"]["raw"] == results["1"]["raw"]
