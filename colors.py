@@ -27,6 +27,9 @@ COLORS = {
     # the paper's names
     "MDLM": "#8c8c8c", "MDLM, adapted": "#000000", "MDLM, logits / 3": "#000000",
     "train-only": "#e69f00", "train & inference": "#0072b2", "phi of the answers": "#cc79a7",
+    # studies
+    "two-way": "#8c8c8c", "lower 20 left": "#0072b2", "prompt left": "#d55e00",
+    "first order": "#e69f00", "second order": "#0072b2",
     # training, and the pages
     "no memory": "#8c8c8c", "without memory": "#8c8c8c", "without memory (theta alone)": "#8c8c8c",
     "with memory of the prompt": "#0072b2", "with memory (phi has seen these answers)": "#cc79a7",

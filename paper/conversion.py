@@ -38,6 +38,7 @@ from pathlib import Path
 import torch
 
 import memdlm
+from colors import color_of
 from compare import pyplot, save_picture
 from data import Sample, collate
 from files import read_json, write_json, write_text
@@ -413,12 +414,10 @@ def draw_curves(results, path):
     if plt is None or not results["arms"]:
         return
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for number, (attention, shift) in enumerate(ARMS.values()):
-        name = list(ARMS)[number]
+    for name, (_, shift) in ARMS.items():
         if name in results["arms"]:
-            curve = results["arms"][name]["curve"]
-            axes.plot(*zip(*curve), "o--" if shift else "o-", color=f"C{number // 2}",
-                      markersize=3, label=name)
+            axes.plot(*zip(*results["arms"][name]["curve"]), "o--" if shift else "o-",
+                      color=color_of(name.removesuffix(", shift")), markersize=3, label=name)
     axes.set(xlabel="step", ylabel="nats per masked token, held out")
     axes.legend()
     save_picture(figure, path)

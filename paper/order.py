@@ -37,6 +37,7 @@ from typing import NamedTuple
 
 import torch
 
+from colors import color_of
 from compare import mark_right, pyplot, save_picture, write_phi
 from console import last_words
 from data import Sample, collate
@@ -373,7 +374,8 @@ def draw_recall(results, path):
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2), layout="constrained",
                                          sharey=True)
-    for order, color in (("first", "#E69F00"), ("second", "#0072B2")):
+    for order in ("first", "second"):
+        color = color_of(f"{order} order")
         for what, style in (("headline", "o-"), ("steps 4", "o--")):
             runs = results.get(f"{what}, {order}", {}).values()
             if runs:
