@@ -120,7 +120,8 @@ pieces. Less is better.
 "As it came, read left to right" is the model's own trade: each of the same tokens, given
 all before it and nothing after. "With a mask, left to right" asks the unchanged weights to fill
 gaps, with the mean as the mask. "Step 0" is a way before its training. CPU minutes are what the
-training took of one core without bfloat16 instructions, its looks at held-out texts included.
+training took of one core without bfloat16 instructions, its looks at held-out texts included. Every
+way does the same work: minutes differ with what ran beside it.
 
 {picture}## What they say
 
@@ -346,17 +347,23 @@ def make_page(results, count):
 
 
 def make_finding(results):
-    """The best way so far in a sentence, and what is not measured yet."""
+    """The best way so far in a sentence, those as good, and what is not measured yet."""
     arms, left, text = results["arms"], results["raw"].get(LEFT), ""
     if arms and left:
         best = min(arms, key=lambda name: mean_loss(arms[name]["losses"]["0.5"])[0])
         ours, theirs = (mean_loss(losses["0.5"])[0]
                         for losses in (arms[best]["losses"], left[LEFT]))
+        away = {name: subtract(arms, name, best) for name in arms if name != best}
+        equal = [name for name, (mean, error) in away.items() if abs(mean) < 2 * error]
         text = (f"**{arms[best]['seconds'] / 60:.0f} CPU minutes give {ours:.2f} nats at half "
-                f"masked** (the best so far: {best}). The same tokens cost the old model "
-                f"{theirs:.2f} when it reads left to right. ")
+                f"masked** ({best}).\n"
+                + (f"Within two standard errors of it: {'; '.join(equal)}.\n" if equal else "")
+                + f"The same tokens cost the old model {theirs:.2f} when it reads left to right.")
+        gains = [f"{mean:+.3f} ± {error:.3f} ({name})" for name in arms if f"{name}, shift" in arms
+                 for mean, error in [subtract(arms, f"{name}, shift", name)]]
+        text += f"\nWhat the shift changes: {', '.join(gains)}." if gains else ""
     rest = [name for name in ARMS if name not in arms]
-    return text + (f"Not measured yet: {'; '.join(rest)}." if rest else "")
+    return text + (f" Not measured yet: {'; '.join(rest)}." if rest else "")
 
 
 def make_table(results):
@@ -384,14 +391,20 @@ def make_table(results):
 
 
 def difference(results, name):
-    """How a way differs from the first one at half masked, on the same texts; or nothing."""
-    first = next(iter(ARMS))
-    if name == first or first not in results["arms"]:
+    """How a way differs from the first one at half masked, as a cell of the table."""
+    first, arms = next(iter(ARMS)), results["arms"]
+    if name == first or first not in arms:
         return ""
-    ours, theirs = (torch.tensor(results["arms"][arm]["losses"]["0.5"], dtype=torch.float64)
-                    for arm in (name, first))
+    mean, error = subtract(arms, name, first)
+    return f"{mean:+.3f} ± {error:.3f}"
+
+
+def subtract(arms, name, other):
+    """The loss of a way less another's, at half masked, on the same texts: mean and error."""
+    ours, theirs = (torch.tensor(arms[arm]["losses"]["0.5"], dtype=torch.float64)
+                    for arm in (name, other))
     off = (ours[:, 0] - theirs[:, 0]) / ours[:, 1].mean()
-    return f"{off.mean():+.3f} ± {off.std() / len(off) ** 0.5:.3f}"
+    return off.mean().item(), off.std().item() / len(off) ** 0.5
 
 
 def make_samples(results):

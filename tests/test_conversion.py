@@ -59,11 +59,22 @@ def test_the_page_says_what_is_not_measured_yet():
         "losses": losses, conversion.LEFT: losses, "samples": said}}, "arms": {"two-way": arm}}, 9)
     assert "| **two-way: step 1,000** | 2.50 ± 0.50 | 2.50 ± 0.50 | 2.50 ± 0.50 | 21 |  |" in page
     assert "Not measured yet: two-way, shift; lower 20 left;" in page
-    assert "**21 CPU minutes give 2.50 nats at half masked** (the best so far: two-way)." in page
+    assert "**21 CPU minutes give 2.50 nats at half masked** (two-way)." in page
     other = {"losses": {"0.5": [[5.0, 2], [7.0, 2]]}}
     results = {"arms": {"two-way": arm, "prompt left": other}}
     assert conversion.difference(results, "prompt left") == "+0.500 ± 0.000"
     assert conversion.difference(results, "two-way") == ""
+
+
+def test_the_finding_names_what_is_as_good_and_what_the_shift_changes():
+    def arm(*nats):
+        return {"losses": {"0.5": [[2 * n, 2] for n in nats]}, "seconds": 60}
+    results = {"raw": {conversion.LEFT: {conversion.LEFT: {"0.5": [[6.0, 2]]}}}, "arms": {
+        "two-way": arm(2, 3, 4), "two-way, shift": arm(2, 3.3, 3.6), "prompt left": arm(3, 4, 5.1)}}
+    finding = conversion.make_finding(results)
+    assert "1 CPU minutes give 2.97 nats at half masked** (two-way, shift)." in finding
+    assert "standard errors of it: two-way.\n" in finding and "cost the old model 3.00" in finding
+    assert "shift changes: -0.033 ± 0.203 (two-way)." in finding
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
