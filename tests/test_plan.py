@@ -1,6 +1,7 @@
 """The memory plan, and optimisers that round."""
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,6 +219,25 @@ def test_the_small_models_fit_on_small_machines(load_4bit, device):
             own = replace(config, tied=tied)
             assert total(memory_plan(own, s, s.max_length, device)) < 8 * 2**30
             assert total(answer_plan(own, s, 2048, device)) < 4 * 2**30
+
+
+EIGHT_BIT = dict(optimizer="adamw8bit", lora_dtype="bfloat16")
+
+
+def test_the_pages_say_what_the_plan_says():
+    """The memory of real models at 4,096 tokens, in README.md and in results/README.md."""
+    room = Path(__file__).parent.parent
+    together = next(line for line in (room / "results" / "README.md").read_text().splitlines()
+                    if line.startswith("| **together** |"))
+    said = [float(cell.strip(" *")) for cell in together.split("|")[2:6]]
+    planned = [total(memory_plan(translate(PUBLISHED[name]), Settings(
+        model=name, load_4bit=True, batch=1, **more), 4096)) / 2**30
+        for name, more in (("llada-moe", {}), ("llada2.1-mini", {}), ("llada2.1-mini", EIGHT_BIT),
+                           ("llada-8b", {}))]
+    assert said == [round(gib, 1) for gib in planned]
+    ladder = (room / "README.md").read_text()
+    assert f"LLaDA-MoE-7B-A1B in 4 bits, 4,096 tokens | {said[0]} GiB |" in ladder
+    assert f"LLaDA2.1-mini (16B) in 4 bits, 4,096 tokens | {said[2]} GiB |" in ladder
 
 
 def test_a_plan_for_a_cpu_counts_in_the_files_precision():
