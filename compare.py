@@ -161,13 +161,15 @@ def mark_right(model, s, batch, phi):
 def measure_run(folder, samples, changes=None):
     """Measure one run by every row of its table.
 
-    samples: the number of held-out samples per cell. changes: as for `list_rows`.
+    samples: held-out samples per cell, or all where there are fewer. changes: as for `list_rows`.
     Returns the run's settings, its data, {(row label, column): [samples]} and {role: row label}.
+    A single sample has no other prompt, so the rows of another prompt are left out then.
     """
     s, data, model = open_run(folder)
-    ranges = split_evenly(samples, TOY_CHUNK if s.model == "toy" else REAL_CHUNK)
-    values, roles = {}, {}
-    rows = tqdm(list_rows(s, changes), desc=printable(f"measuring {folder}"), unit="row",
+    ranges, values, roles = chunks_of(s, data, samples), {}, {}
+    rows = [row for row in list_rows(s, changes)
+            if row.source != "another" or data.count_tests(samples) > 1]
+    rows = tqdm(rows, desc=printable(f"measuring {folder}"), unit="row",
                 leave=False, disable=None, ncols=terminal_width())
     for row in rows:
         if row.role:
@@ -179,6 +181,11 @@ def measure_run(folder, samples, changes=None):
                 parts.append(measure(model, row.s, row.source, batch, data.metric))
             values[row.label, column] = torch.cat(parts).double()
     return s, data, values, roles
+
+
+def chunks_of(s, data, samples):
+    """The numbers of the held-out samples that are measured, in ranges for one batch each."""
+    return split_evenly(data.count_tests(samples), TOY_CHUNK if s.model == "toy" else REAL_CHUNK)
 
 
 def split_evenly(samples, most):
@@ -278,7 +285,7 @@ def print_comparison(folders, samples=100, changes=None, save_to=None, picture=N
     """
     data, experiments = compare_runs(folders, samples, changes)
     say(f"\n{format_table(data, experiments)}\n\n{fold(state_findings(data, experiments))}\n")
-    numbers = gather_numbers(data, experiments, samples)
+    numbers = gather_numbers(data, experiments, data.count_tests(samples))
     if save_to:
         write_json(save_to, numbers, indent=1)
         say(f"numbers in {save_to}")
@@ -306,9 +313,13 @@ def format_table(data, experiments):
 
 
 def format_cell(data, mean, error, is_difference):
-    """A mean with its standard error, such as .72±.02. Shares have two digits, nats have three."""
+    """A mean with its standard error, such as .72±.02. Shares have two digits, nats have three.
+
+    A single sample has no error.
+    """
     digits = 2 if data.metric == "accuracy" else 3
-    texts = [f"{mean:{'+' if is_difference else ''}.{digits}f}", f"{error:.{digits}f}"]
+    texts = [f"{mean:{'+' if is_difference else ''}.{digits}f}"]
+    texts += [] if error is None else [f"{error:.{digits}f}"]
     return sign("error").join(text.replace("0.", ".", 1) if abs(number) < 1 else text
                               for text, number in zip(texts, (mean, error)))
 
@@ -334,9 +345,12 @@ def is_change(data, experiment, label):
 
 
 def mean_and_error(values):
-    """[runs, n] -> mean and its standard error: over seeds if there are several, else samples."""
+    """[runs, n] -> mean and its standard error: over seeds if there are several, else samples.
+
+    One number has no error: None.
+    """
     spread = values.mean(1) if len(values) > 1 else values[0]
-    error = (spread.std() / len(spread) ** 0.5).item() if len(spread) > 1 else float("nan")
+    error = (spread.std() / len(spread) ** 0.5).item() if len(spread) > 1 else None
     return values.mean().item(), error
 
 
@@ -363,7 +377,10 @@ def explain_columns(kind):
 def explain_errors(experiment):
     """How long an experiment's runs were trained, and what its standard errors are over."""
     runs = len(experiment.seeds)
-    seeds, over = (f"{runs} seeds", "seeds") if runs > 1 else ("1 seed", "samples")
+    count = next(iter(experiment.values.values())).shape[1]
+    seeds, over = (f"{runs} seeds", "seeds") if runs > 1 else ("1 seed", f"{count} samples")
+    if over == "1 samples":
+        return f"{experiment.s.steps} steps; {seeds}, a single sample"
     return f"{experiment.s.steps} steps; {seeds}, {sign('error')} standard error over {over}"
 
 
@@ -393,10 +410,12 @@ def state_findings(data, experiments):
     """What the numbers of a table say, as text. Each sentence is computed, never assumed."""
     lines = []
     for experiment in experiments:
-        alone, own, other = (experiment.mean(role) for role in ("alone", "own", "other"))
+        alone, own = experiment.mean("alone"), experiment.mean("own")
+        another = "none of another prompt, since only one is held out"
+        if "other" in experiment.roles:
+            another = f"{experiment.mean('other'):.3f} with phi of another prompt"
         lines.append(f"- {name_of(experiment.s)}: {alone:.3f} alone, {own:.3f} with phi of "
-                     f"{experiment.roles['own']}, {other:.3f} with phi of another prompt (means "
-                     "over columns).")
+                     f"{experiment.roles['own']}, {another} (means over columns).")
         control = find_control(experiment, experiments)
         if control and experiment.s.closed_book:
             lines.append("  The decoder does not see the prompt; what it knows came through phi. "
@@ -420,7 +439,7 @@ def state_difference(experiment, control):
     for role, words in (("alone", "alone"), ("own", "with the same adaptation")):
         if experiment.roles[role] == control.roles[role]:
             mean, error = mean_and_error(experiment.samples(role) - control.samples(role))
-            parts.append(f"{mean:+.4f} +-{error:.4f} {words}")
+            parts.append(f"{mean:+.4f} {'' if error is None else f'+-{error:.4f} '}{words}")
     return f"  Against the baseline, paired: {', '.join(parts)}."
 
 
@@ -461,14 +480,17 @@ def measure_exposure(folder, samples):
     curves = {}
     s, data, model = open_run(folder)
     first_column = list(data.columns)[0]
-    batch = data.tests(first_column, range(samples), s.closed_book)
     for row in list_rows(s):
         if row.role not in ("alone", "own"):
             continue
-        phi = write_phi(model, row.s, row.source, batch)
-        losses = memdlm.exposure_bias(model.backbone, row.s, batch.x0, batch.maskable, batch.valid,
-                                      batch.seeds, RATIOS, phi)
-        curve = {name: loss.mean(1).tolist() for name, loss in losses.items()}
+        parts = []
+        for numbers in chunks_of(s, data, samples):
+            batch = data.tests(first_column, numbers, s.closed_book)
+            phi = write_phi(model, row.s, row.source, batch)
+            parts.append(memdlm.exposure_bias(model.backbone, row.s, batch.x0, batch.maskable,
+                                              batch.valid, batch.seeds, RATIOS, phi))
+        curve = {name: torch.cat([part[name] for part in parts], 1).mean(1).tolist()
+                 for name in parts[0]}
         ways = {"alone": ("MDLM", "train-only"), "own": ("MDLM, adapted", "train & inference")}
         curve["color"] = color_of(ways[row.role][s.memory])
         curves[f"{folder}: {row.label}"] = curve
@@ -600,7 +622,8 @@ def draw_bars(ax, rows, columns, is_share):
                  for column in columns]
         means, errors = zip(*shown)
         shift = (i - (len(labels) - 1) / 2) * width
-        ax.bar([column + shift for column in range(len(means))], means, width, yerr=errors,
+        ax.bar([column + shift for column in range(len(means))], means, width,
+               yerr=[error or 0 for error in errors],
                label=label, color=color_of(label), error_kw={"linewidth": 0.8})
 
 

@@ -71,6 +71,10 @@ class Source:
         seeds = [f"{name} {column} {number}" for number in numbers]
         return collate(samples, seeds, closed_book)
 
+    def count_tests(self, most):
+        """How many different samples are held out, at most `most`. What is drawn has no end."""
+        return min(most, len(self.pairs["test"])) if self.pairs else most
+
     def ask_gaps(self, text):
         """A text in which [MASK] is a gap and [MASK:8] are eight -> Sample.
 

@@ -289,7 +289,8 @@ class ChatData(Source):
                 "--truncate")
         generator = torch.Generator().manual_seed(split_seed)
         order = torch.randperm(len(samples), generator=generator).tolist()
-        held_out = max(1, len(samples) // 20)  # 95 % to train, 5 % held out
+        # 5 % are held out, but two if there are four: a prompt is compared with another one.
+        held_out = max(min(2, len(samples) // 2), len(samples) // 20)
         self.pairs = {"test": [samples[i] for i in order[:held_out]],
                       "train": [samples[i] for i in order[held_out:]]}
         self.note = self.describe(where, samples, counts, bad) if samples else ""

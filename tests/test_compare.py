@@ -1,15 +1,20 @@
 """The tables of compare.py, on numbers small enough to work out by hand."""
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import compare
+import evaluate
 import memdlm
+import train
 from compare import (
     Experiment, add_noise, compute_cells, find_control, list_rows, measure, split_evenly,
     state_findings, write_phi,
 )
 from data import Sample, collate
+from files import read_json
 from memdlm import MemDLM
 from settings import Settings, control_settings
 from toy.model import ToyConfig, ToyDLM
@@ -22,11 +27,13 @@ def make_model(s):
     return MemDLM(ToyDLM(ToyConfig(30, 1, width=16, layers=2, heads=2)).eval(), s)
 
 
+# Prompts of 5, 3 and 8 tokens.
+SAMPLES = [Sample(list(range(4, 4 + n)), [9, 10, 11, 12], [False, True, True, True])
+           for n in (5, 3, 8)]
+
+
 def make_batch():
-    """Three samples with prompts of 5, 3 and 8 tokens."""
-    samples = [Sample(list(range(4, 4 + n)), [9, 10, 11, 12], [False, True, True, True])
-               for n in (5, 3, 8)]
-    return collate(samples, ["a", "b", "c"], False)
+    return collate(SAMPLES, ["a", "b", "c"], False)
 
 
 # ---- What phi is written from -------------------------------------------------------------------
@@ -95,6 +102,54 @@ def test_samples_are_split_evenly_and_none_is_lost():
         ranges = split_evenly(samples, most)
         assert [len(numbers) for numbers in ranges] == sizes
         assert [i for numbers in ranges for i in numbers] == list(range(samples))
+
+
+def write_pairs(path, count):
+    """Records whose prompts and answers differ, for the toy."""
+    path.write_text("".join(json.dumps({"prompt": f"{chr(97 + n) * 4} is", "response": f"{n}!"})
+                            + "\n" for n in range(count)))
+
+
+TINY_RUN = ["--model", "toy", "--steps", "1", "--batch", "2", "--layers", "1", "--width", "16",
+            "--table-samples", "0", "--no-control", "--threads", "1", "--heads", "1"]
+
+
+@pytest.mark.parametrize("records, held_out", [(5, 2), (30, 3), (1, 1)])
+def test_no_held_out_sample_counts_twice(cli, tmp_path, records, held_out):
+    """200 samples are asked for. A pair that was measured again would make errors look small."""
+    write_pairs(tmp_path / "my.jsonl", records)
+    assert cli(train, "--data", "my.jsonl", *TINY_RUN)[0] == 0
+    code, out, err = cli(evaluate, "--json", "o.json", "--picture", "o.png")
+    assert code == 0, err
+    numbers = read_json(tmp_path / "o.json")
+    assert numbers["samples"] == held_out and (tmp_path / "o.png").stat().st_size > 1000
+    rows = [row for group in numbers["groups"] for row in group["rows"]]
+    assert all((row["standard_error"] is None) == (held_out == 1) for row in rows)
+    assert any("another" in row["phi"] for row in rows) == (held_out > 1)
+    if held_out == 1:
+        assert "a single sample" in out and "another prompt, since only one is held out" in out
+    else:
+        assert f"standard error over {held_out} samples" in out
+    code, out, err = cli(evaluate, "exposure", "--samples", "9")
+    assert code == 0 and "sequential/static" in out, err
+
+
+def test_exposure_is_the_mean_over_samples_whatever_the_batches(monkeypatch):
+    s = Settings()
+    data = SimpleNamespace(count_tests=lambda most: 3, columns={"x": {}}, tests=lambda column, n,
+                           closed_book: collate([SAMPLES[i] for i in n], list(n), False))
+    monkeypatch.setattr(compare, "open_run", lambda folder: (s, data, make_model(s)))
+    curves = {}
+    for most in (1, 3):
+        torch.manual_seed(0)
+        monkeypatch.setattr(compare, "REAL_CHUNK", most)
+        monkeypatch.setattr(compare, "TOY_CHUNK", most)
+        monkeypatch.setattr(compare, "split_evenly", lambda n, most: [
+            range(i, i + most) for i in range(0, n, most)])
+        curves[most] = compare.measure_exposure("r", 200)
+    for label, curve in curves[1].items():
+        for name in ("static", "sequential", "matched"):
+            assert curve[name] == pytest.approx(curves[3][label][name], rel=1e-4)
 
 
 # ---- Means, errors, findings --------------------------------------------------------------------

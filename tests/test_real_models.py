@@ -67,7 +67,7 @@ def test_a_real_model_is_trained_saved_reloaded_and_adapted(cli, here, models, n
     folder = here / "runs" / f"{name}-pairs"
     assert code == 0, err
     for text in ("memory planned:", "layers in 4-bit", "with LoRA",
-                 "24 samples kept (23 to train, 1 held out", "4 steps of 2 samples",
+                 "24 samples kept (22 to train, 2 held out", "4 steps of 2 samples",
                  "held out after step 2", "sample at step 4",
                  "python generate.py --adapt --prompt"):
         assert text in out, text
@@ -267,7 +267,7 @@ def test_epochs_set_the_number_of_steps(cli, here, models):
     flags = SMALL[2:]  # without --steps
     code, out, _ = cli(train, "--model", models / "llada-8b", *flags, "--epochs", "0.25",
                        "--sample-every", "0", "--out", "r")
-    assert code == 0 and "3 steps of 2 samples" in out  # a quarter of 23 samples, two a step
+    assert code == 0 and "3 steps of 2 samples" in out  # a quarter of 22 samples, two a step
     line = refused(cli(train, "--epochs", "1", "--out", "s"))
     assert "--epochs needs a data set with an end" in line
 

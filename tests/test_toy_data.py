@@ -483,7 +483,7 @@ def test_pair_sample():
 
 def test_split_pairs():
     pairs = [(str(i), "", "r") for i in range(100)]
-    for count, held_out in ((2, 1), (9, 1), (19, 1), (20, 2), (100, 10)):
+    for count, held_out in ((2, 1), (3, 1), (4, 2), (19, 2), (20, 2), (100, 10)):
         train, test = text.split_pairs(pairs[:count], seed=0)
         assert len(test) == held_out and sorted(train + test) == sorted(pairs[:count])
     assert text.split_pairs(pairs, 0) == text.split_pairs(pairs, 0) != text.split_pairs(pairs, 1)

@@ -147,9 +147,9 @@ def pair_sample(pair, prompt_len_max, response_len):
 
 
 def split_pairs(pairs, seed):
-    """(train, test): a seeded shuffle, one pair in ten (but at least one) held out.
+    """(train, test): a seeded shuffle, one pair in ten held out, but two if there are four.
 
-    A single pair is put in both, so that a demonstration with one record runs; its test score
+    Two, since a prompt is compared with another one. A single pair is put in both, so that a demonstration with one record runs; its test score
     then says nothing about unseen text.
     """
     if not pairs:
@@ -157,5 +157,5 @@ def split_pairs(pairs, seed):
     if len(pairs) == 1:
         return list(pairs), list(pairs)
     shuffled = random.Random(seed).sample(pairs, len(pairs))
-    held_out = max(1, len(pairs) // 10)
+    held_out = max(min(2, len(pairs) // 2), len(pairs) // 10)
     return shuffled[held_out:], shuffled[:held_out]
