@@ -50,7 +50,9 @@ from files import write_json
 from memdlm import Batch, MemDLM
 from runs import build, pick_device
 from settings import (
-    Parser, REAL, Settings, add_flags, enough_memory, names_of, one_line, settings_from_flags)
+    Parser, REAL, Settings, add_flags, enough_memory, file_to_write, names_of, one_line,
+    settings_from_flags,
+)
 from train import Processes, compute_gradients, make_batch, make_optimizer
 
 FLAGS = [name for name in names_of("method", "inner loop", "optimisation", "real models", "loading")
@@ -812,7 +814,8 @@ def make_parser():
         help="tokens to decode after the prompt [default 32]")
     add("--repeats", type=int, default=3,
         help="rounds that are measured; their median is shown [default 3]")
-    add("--json", metavar="FILE", help="write the numbers, with hardware and versions")
+    add("--json", type=file_to_write, metavar="FILE",
+        help="write the numbers, with hardware and versions")
     add_flags(parser, FLAGS)
     return parser
 

@@ -34,7 +34,10 @@ from pathlib import Path
 from backbones.block_diffusion import MODES
 from files import nearest
 from runs import latest_run, read_settings
-from settings import CHANGEABLE, Parser, add_flags, names_of, enough_memory, one_line
+from settings import (
+    CHANGEABLE, Parser, add_flags, enough_memory, file_to_write, names_of, one_line,
+    picture_to_write,
+)
 
 
 # ---- compare ------------------------------------------------------------------------------------
@@ -43,8 +46,8 @@ def add_compare_flags(parser):
     add = parser.add_argument
     add("runs", nargs="*", type=Path, help="run folders [default the latest]")
     add("--samples", type=int, default=200, help="held-out samples per cell [default 200]")
-    add("--picture", metavar="FILE", help="also draw the table there")
-    add("--json", metavar="FILE", help="also write the numbers there")
+    add("--picture", type=picture_to_write, metavar="FILE", help="also draw the table there")
+    add("--json", type=file_to_write, metavar="FILE", help="also write the numbers there")
     add_flags(parser, names_of("inner loop") + ["closed_book"])
 
 
@@ -64,7 +67,7 @@ def add_exposure_flags(parser):
     add = parser.add_argument
     add("runs", nargs="*", type=Path, help="run folders [default the latest]")
     add("--samples", type=int, default=200, help="held-out samples [default 200]")
-    add("--out", metavar="FILE", default="exposure.png",
+    add("--out", type=picture_to_write, metavar="FILE", default="exposure.png",
         help="the picture [default exposure.png]")
 
 

@@ -49,9 +49,9 @@ def write_whole(path, write):
     renamed. If `write` fails, the old file stays and the new one is removed.
     """
     path = Path(path)
+    refuse_special(path)
     # Nobody can have put a link there: the name is random, and a file that exists is not opened.
     aside = path.with_name(f"{secrets.token_hex(8)}.tmp")
-    refuse_special(path)
     try:
         handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINKS, 0o666)
         mode = stat.S_IMODE(os.fstat(handle).st_mode)
@@ -77,6 +77,14 @@ def refuse_special(path):
     linked = path.is_symlink() and os.readlink(path).startswith("/proc/")
     if linked or (path.exists() and not path.is_file()):
         raise OSError(f"{path} is no plain file; give another name for what is to be written")
+
+
+def check_target(path):
+    """OSError, before any work, where `write_whole` would find later that it cannot write."""
+    refuse_special(path)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise OSError(f"{path} cannot be written: {folder} is no folder that you may write to")
 
 
 def sync_folder(folder):

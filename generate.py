@@ -40,7 +40,7 @@ from pages import (
     Denoising, Part, Report, make_panel, write_animation, write_inspection, write_page,
 )
 from runs import open_model
-from settings import CHANGEABLE, Parser, add_flags, enough_memory, one_line
+from settings import CHANGEABLE, Parser, add_flags, enough_memory, file_to_write, one_line
 
 # ---- What is asked ------------------------------------------------------------------------------
 
@@ -547,9 +547,12 @@ def parse_arguments():
     add("--chat", action="store_true", help="read prompts from the keyboard")
     add("--show", action="store_true", help="play the denoising in the terminal")
     add("--delay", type=float, default=0.15, help="seconds per step of --show [default 0.15]")
-    add("--html", metavar="FILE", help="write the denoising as one self-contained page")
-    add("--svg", metavar="FILE", help="write it as one picture that plays by itself")
-    add("--inspect", metavar="FILE", help="like --adapt, with a page on what phi holds")
+    add("--html", type=file_to_write, metavar="FILE",
+        help="write the denoising as one self-contained page")
+    add("--svg", type=file_to_write, metavar="FILE",
+        help="write it as one picture that plays by itself")
+    add("--inspect", type=file_to_write, metavar="FILE",
+        help="like --adapt, with a page on what phi holds")
     add("--length", type=int, default=0, help="tokens to generate [default as in training]")
     add("--steps", type=int, help="forward passes [default one per token]")
     add("--block-length", type=int,

@@ -13,13 +13,14 @@ import sys
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
 import memdlm
 from backbones.config import ATTENTION
 from console import printable
-from files import nearest
+from files import check_target, nearest
 from memdlm import setting
 from objectives import OBJECTIVES
 
@@ -360,6 +361,24 @@ class Parser(argparse.ArgumentParser):
             message += nearest(found[1], re.findall(r"[\w.+&-]+", found[2]))
         joiner = " See" if message.endswith("?") else "; see"
         refuse(f"{message}{joiner} {self.prog} --help")
+
+
+def file_to_write(text):
+    """The type of a flag that names a file to write: refused at once where none can be."""
+    try:
+        check_target(Path(text))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def picture_to_write(text):
+    """The same for a picture that matplotlib draws. Without an ending it will be a PNG."""
+    ending = Path(file_to_write(text)).suffix.lower()
+    if ending not in ("", ".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp"):
+        raise argparse.ArgumentTypeError(f"{text} ends in {ending}; give .png, .svg, .pdf, .jpg or "
+                                         ".webp")
+    return text
 
 
 class ShowHelp(argparse.Action):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import bench
 import console
 import evaluate
 import generate
@@ -70,6 +71,22 @@ def refused(result):
 
 
 # ---- training ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, flags, says", [
+    (generate, ["--adapt", "--html", "."], "--html: . is no plain file"),
+    (generate, ["--inspect", "file/page.html"], "file is no folder that you may write to"),
+    (generate, ["--svg", "/"], "--svg: / is no plain file"),
+    (evaluate, ["exposure", "--out", "x.xyz"], "x.xyz ends in .xyz; give .png"),
+    (evaluate, ["--json", "folder"], "--json: folder is no plain file"),
+    (evaluate, ["--picture", "file/x.png"], "file is no folder"),
+    (bench, ["--scale", "--json", "folder"], "--json: folder is no plain file")])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(cli, tmp_path, script, flags,
+                                                                   says):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    assert says in refused(cli(script, *flags))
+
+
 
 def test_a_run_leaves_its_folder_and_prints_the_panel(cli, tmp_path):
     code, out, _ = cli(train, "--model", "toy", *TINY)

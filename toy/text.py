@@ -149,8 +149,8 @@ def pair_sample(pair, prompt_len_max, response_len):
 def split_pairs(pairs, seed):
     """(train, test): a seeded shuffle, one pair in ten held out, but two if there are four.
 
-    Two, since a prompt is compared with another one. A single pair is put in both, so that a demonstration with one record runs; its test score
-    then says nothing about unseen text.
+    Two, since a prompt is compared with another one. A single pair is put in both, so that a
+    demonstration with one record runs; its test score then says nothing about unseen text.
     """
     if not pairs:
         raise ValueError("no pairs to split: give at least one")
