@@ -5,6 +5,8 @@
     python bench.py --quick                     the same with fewer cases
     python bench.py --decoding                  a block cache and thresholds, in models that look
                                                 both ways: how fast they are, what they change
+    python bench.py --decoding --run RUN        what they change in your model's answers; or
+                                                --model FOLDER --data FILE
     python bench.py --scale                     no measurement: the work and memory that real
                                                 models need at 4K to 32K tokens
     python bench.py --profile                   what a plain and a MemDLM step spend their time on
@@ -41,17 +43,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 import memdlm
 from backbones import experts
-from backbones.block_cache import BLOCK_LENGTH, BlockCache, check_cache
+from backbones.block_cache import BLOCK_LENGTH, check_cache
 from backbones.checkpoint import describe, load_backbone
 from backbones.families import FAMILIES, PUBLISHED, TINY, translate
 from backbones.lora import add_lora
 from backbones.plan import empty_network, lora_sizes, memory_plan, plan_text
-from files import write_json
+from decoding import WAYS, count_forwards, measure_model, table_of
+from files import nearest, write_json
 from memdlm import Batch, MemDLM
 from runs import build, pick_device
 from settings import (
-    Parser, REAL, Settings, add_flags, enough_memory, file_to_write, names_of, one_line,
-    settings_from_flags,
+    CHANGEABLE, Parser, REAL, Settings, add_flags, enough_memory, file_to_write, names_of,
+    one_line, settings_from_flags,
 )
 from train import Processes, compute_gradients, make_batch, make_optimizer
 
@@ -380,17 +383,7 @@ def measure_decoding(case, prompt, new, repeats, clock):
 
 def count_positions(backbone, work):
     """How many tokens the layers see in a piece of work."""
-    count = 0
-
-    def add(module, inputs):
-        nonlocal count
-        count += inputs[0].numel()
-
-    table = backbone.part("embed") if hasattr(backbone, "part") else backbone.embedding
-    handle = table.register_forward_pre_hook(add)
-    work()
-    handle.remove()
-    return count
+    return sum(count_forwards(backbone, work))
 
 
 DECODING = ("case", "prompt", "new", "s / token", "window s", "faster", "positions", "window")
@@ -423,12 +416,6 @@ def measure_batch_of_eight(repeats, clock):
 
 
 # ---- Decoding with a block cache and a threshold ------------------------------------------------
-
-WAYS = {"exact": {}, "exact, .95": dict(threshold=0.95), "exact, .9": dict(threshold=0.9),
-        "exact, .7": dict(threshold=0.7), "cache": dict(make_look=BlockCache)}
-WAYS |= {name.replace("exact", "cache"): way | WAYS["cache"]
-         for name, way in WAYS.items() if "threshold" in way}
-
 
 class Language:
     """Texts of 40 words, each of which three others may follow. A wrong word is easy to tell.
@@ -800,7 +787,10 @@ def make_parser():
         help="count the work and memory of real models at growing lengths, and stop")
     add("--profile", action="store_true",
         help="what a step of --model or of a middle size spends its time on, and stop")
-    add("--model", choices=list(PUBLISHED), metavar="NAME",
+    add("--run", metavar="FOLDER", help="with --decoding: the run that decodes")
+    add("--data", metavar="FILE", help="with --decoding --model: prompts and responses")
+    add("--samples", type=int, default=8, help="with --decoding: answers [default 8]")
+    add("--model", metavar="NAME",
         help=f"a real model's shape, on a GPU: {', '.join(PUBLISHED)}")
     add("--random", action="store_true",
         help="random weights of the published shape (the only kind there is yet)")
@@ -820,8 +810,26 @@ def make_parser():
     return parser
 
 
+def measure_decoding_of(arguments, given):
+    """Measure what a cache and a threshold change in the answers of a run or a model."""
+    run, model, data = arguments.run, arguments.model, arguments.data
+    if not arguments.decoding:
+        raise ValueError("--run and --data are for --decoding")
+    if bool(run) == bool(model) or bool(model) != bool(data):
+        raise ValueError("--decoding takes --run FOLDER, or --model with --data FILE")
+    changed = [name for name in given if name not in CHANGEABLE]
+    if changed:
+        raise ValueError(f"--{changed[0].replace('_', '-')} is not for --decoding of a run or a "
+                         "model, which is trained already")
+    result = measure_model(run, model, data, given, arguments.samples, arguments.new_tokens)
+    print_table(table_of(result))
+    return result
+
+
 def measure_as_told(arguments, given):
     """The measurement that the command line asks for. `given`: settings among its flags."""
+    if arguments.run or arguments.data or (arguments.decoding and arguments.model):
+        return measure_decoding_of(arguments, given)
     if arguments.decoding:
         return measure_both_ways(arguments.quick, arguments.repeats)
     if arguments.memory_cap is not None and arguments.model is None:
@@ -832,6 +840,9 @@ def measure_as_told(arguments, given):
         return measure_profile(middle_case("llada-moe", 8192, device=pick_device(Settings())))
     if arguments.model is None:
         return measure_cpu(arguments.quick, arguments.repeats)
+    if arguments.model not in PUBLISHED:
+        raise ValueError(f"--model {arguments.model} is not one of {', '.join(PUBLISHED)}"
+                         f"{nearest(arguments.model, PUBLISHED)}; --decoding takes any model")
     if not arguments.random:
         raise ValueError("give --random: the published shapes with random weights")
     if given.get("load_4bit", True) and not given.get("lora", True):
@@ -858,8 +869,9 @@ def main():
     arguments = make_parser().parse_args()
     given = {name: value for name, value in vars(arguments).items() if name in FLAGS}
     with one_line(), enough_memory():
-        if min(arguments.repeats, arguments.length, arguments.new_tokens) < 1:
-            raise ValueError("--repeats, --length and --new-tokens must be at least 1")
+        sizes = arguments.repeats, arguments.length, arguments.new_tokens, arguments.samples
+        if min(sizes) < 1:
+            raise ValueError("--repeats, --length, --new-tokens and --samples must be at least 1")
         if arguments.scale:
             return print_scale()
         result = measure_as_told(arguments, given)

@@ -127,14 +127,18 @@ def make_base_records(seed):
     return records
 
 
-def held_out_questions(tokenizer, codes):
-    """QUESTIONS samples whose answer tokens are the digits of the code."""
+def question_records(codes, count):
+    """Questions in plots that no base has seen: `count` times a record and its code."""
     plots = [row["text"] for row in read_corpus()
              if row["category"] == "plot" and is_held_out(row["text"])]
+    draws = [random.Random(f"question {codes} {number}") for number in range(count)]
+    return [make_question(rng, rng.choice(plots).split()[:40], codes) for rng in draws]
+
+
+def held_out_questions(tokenizer, codes):
+    """QUESTIONS samples whose answer tokens are the digits of the code."""
     samples = []
-    for number in range(QUESTIONS):
-        rng = random.Random(f"question {codes} {number}")
-        record, code = make_question(rng, rng.choice(plots).split()[:40], codes)
+    for record, code in question_records(codes, QUESTIONS):
         prompt, rest = encode(tokenizer, record)
         digits = [tokenizer.decode([token]).strip().isdigit() for token in rest]
         assert tokenizer.decode([t for t, is_digit in zip(rest, digits) if is_digit]) == code
@@ -237,6 +241,7 @@ def run_pretrained(seeds=SEEDS):
     results = read_json(path) if path.exists() else {}
     RUNS.mkdir(parents=True, exist_ok=True)
     reviews = write_records(RUNS / "reviews.jsonl", make_reviews()[0])
+    write_records(RUNS / "questions.jsonl", [record for record, _ in question_records(FEW, 24)])
     for seed in map(str, seeds):
         for name in ("base", "raw", *ARMS):
             if name in results.setdefault(seed, {}):

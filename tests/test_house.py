@@ -21,7 +21,7 @@ FLOORS = [
     {"settings"},
     {"runs"},
     {"compare", "pages", "memory", "cards", "trackers", "kernels"},
-    {"train", "generate", "export"},
+    {"train", "generate", "export", "decoding"},
     {"paper"},
     {"evaluate", "bench"},
     {"first_gpu"},
