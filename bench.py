@@ -3,10 +3,8 @@
     python bench.py                             on a CPU: the toy, and LLaDA-MoE and LLaDA2.x in a
                                                 middle size, with random weights
     python bench.py --quick                     the same with fewer cases
-    python bench.py --decoding                  a block cache and thresholds, in models that look
-                                                both ways: how fast they are, what they change
-    python bench.py --decoding --run RUN        what they change in your model's answers; or
-                                                --model FOLDER --data FILE
+    python bench.py --decoding                  what a block cache and thresholds save and change
+    python bench.py --decoding --run RUN        in your run; or --model FOLDER --data FILE
     python bench.py --scale                     no measurement: the work and memory that real
                                                 models need at 4K to 32K tokens
     python bench.py --profile                   what a plain and a MemDLM step spend their time on
