@@ -700,7 +700,8 @@ def load_random(raw, s, device):
 # ---- Scale: the work counted by hand ------------------------------------------------------------
 
 SCALE = """\
-These numbers are counted, not measured. Each is for one micro-batch of one sample, with 4-bit
+These numbers are counted, not measured. TF: 10^12 operations; seconds are those of a card that
+delivers 100 of them a second. Each is for one micro-batch of one sample, with 4-bit
 weights and a LoRA of rank 32 on all linear layers. Three quarters of the sample are response.
 A step of the published run is 32 micro-batches: multiply by 32, and divide by the number of GPUs.
 A card delivers only a part of its peak, often 20 to 50 % in bfloat16 products with 4-bit weights:
@@ -744,8 +745,8 @@ def step_flops(c, s, length):
 
 def scale_table():
     """A MemDLM step on real models by the rules above, and its memory, at growing lengths."""
-    out = [("model", "tokens", "plain TFLOP", "MemDLM TFLOP", "ratio", "s / step at 100 TFLOP/s",
-            "GiB", "24 GB card", "80 GB card")]
+    out = [("model", "tokens", "plain TF", "MemDLM TF", "ratio", "s, 100 TF/s",
+            "GiB", "24 GB", "80 GB")]
     eight_bit = dict(optimizer="adamw8bit", lora_dtype="bfloat16")
     for name, options in (("llada-moe", {}), ("llada2.1-mini", eight_bit)):
         c = translate(PUBLISHED[name])
