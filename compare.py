@@ -623,7 +623,7 @@ def draw_bars(ax, rows, columns, is_share):
         means, errors = zip(*shown)
         shift = (i - (len(labels) - 1) / 2) * width
         ax.bar([column + shift for column in range(len(means))], means, width,
-               yerr=[error or 0 for error in errors],
+               yerr=tuple(error or 0 for error in errors),
                label=label, color=color_of(label), error_kw={"linewidth": 0.8})
 
 

@@ -97,7 +97,7 @@ def test_the_page_counts_finished_seeds_and_judges_pairs(tmp_path):
                       for name in ("raw", "base", *pretrained.ARMS)} for seed in ("0", "1", "2")}
     del results["2"][pretrained.PER_SAMPLE]
     page = pretrained.make_page(results)
-    assert "Seeds that are finished: 1 of 5." in page
+    assert "Seeds that are finished: 1 of 5. Until the last one no verdict below" in page
     row = next(line for line in page.splitlines() if line.startswith("| mdlm |"))
     assert row.count("0.60 ± 0.00") == 7 and row.endswith("| 2 |")
     claim = next(line for line in page.splitlines() if "lower loss on held-out reviews than mdlm, "
@@ -129,3 +129,7 @@ def test_the_raw_weights_are_measured_once_and_nothing_twice(corpus, tmp_path, m
     assert [seed for name, seed in asked if name == "raw"] == ["1"]
     results = json.loads((tmp_path / "RESULTS" / "pretrained.json").read_text())
     assert results["2"]["raw"] == results["1"]["raw"]
+    # The table of claims gets its rows when the last seed is done: no verdict on the way.
+    assert not (tmp_path / "LADDER").exists()
+    pretrained.run_pretrained()
+    assert len(json.loads((tmp_path / "LADDER").read_text())) == len(list(pretrained.make_claims()))
