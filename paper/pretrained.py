@@ -387,7 +387,8 @@ def make_page(results):
     early = "" if len(done) >= len(SEEDS) else " Until the last one no verdict below counts."
     verdicts = judge_claims(by_arm, list(make_claims()))
     return PAGE.format(base_steps=flag_of(BASE, "--steps"), steps=flag_of(RECIPE, "--steps"),
-                       way=WAY, done=f"Seeds that are finished: {len(done)} of {len(SEEDS)}.{early}",
+                       way=WAY,
+                       done=f"Seeds that are finished: {len(done)} of {len(SEEDS)}.{early}",
                        table=to_markdown(make_table(by_arm)),
                        claims=to_markdown(claims_table(verdicts)))
 
