@@ -57,8 +57,10 @@ def ask(data, text, question="", length=0):
     if "[MASK" not in text:
         sample = data.ask(text, question, length)
         return Question(sample, text, data.recall(sample))
-    if question:
-        raise ValueError("a prompt with [MASK] is filled in as it is; leave --question out")
+    for flag, given in (("--question", question), ("--length", length)):
+        if given:
+            raise ValueError(f"a prompt with [MASK] is filled in as it is; leave {flag} out (a gap "
+                             "of eight tokens is [MASK:8])")
     sample = data.ask_gaps(text)
     return Question(sample, text, [None] * sum(sample.answer), infill=True)
 
@@ -589,11 +591,15 @@ def parse_arguments():
 
 
 def check_arguments(arguments):
-    """ValueError if a number is too small."""
-    for name in ("length", "delay", "temperature"):
+    """ValueError if a number is out of its range, or if a flag would be ignored for another."""
+    ranges = dict(length=(0, 1e9), delay=(0, 3600), temperature=(0, 1e6),
+                  cfg_scale=(-1e6, 1e6), threshold=(0, 1), edit_threshold=(0, 1))
+    for name, (low, high) in ranges.items():
         value = getattr(arguments, name)
-        if value < 0:
-            raise ValueError(f"--{name} is {value}; it must not be negative")
+        if value is not None and not low <= value <= high:  # nan lies nowhere
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie between {low:g} "
+                             f"and {high:g}")
+    check_texts(arguments)
     if arguments.samples > 1 and not arguments.temperature and arguments.remasking != "random":
         raise ValueError("at --temperature 0 all --samples are the same; give another, or leave it "
                          "out")
@@ -602,6 +608,30 @@ def check_arguments(arguments):
         if value is not None and not 1 <= value <= MOST_STEPS:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie between 1 and "
                              f"{MOST_STEPS}")
+
+
+def check_texts(arguments):
+    """ValueError if two flags give the prompt, or name one file."""
+    sources = [f"--{name}" for name in ("prompt", "file", "chat") if getattr(arguments, name)]
+    if len(sources) > 1:
+        raise ValueError(f"{' and '.join(sources)} both say what to answer; give one of them")
+    if arguments.question and sources in ([], ["--chat"]):
+        raise ValueError("--question goes with --prompt or --file, which it is about")
+    files = {}
+    for name in ("file", "html", "svg", "inspect"):
+        if getattr(arguments, name):
+            other = files.setdefault(Path(getattr(arguments, name)).resolve(), name)
+            if other != name:
+                raise ValueError(f"--{other} and --{name} name the same file; give two names")
+
+
+def read_prompt(path):
+    """The text of a file, without the byte order mark that some editors put first."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--file {path}: byte {error.start} is not UTF-8; save it as UTF-8 "
+                         "text") from None
 
 
 def decoder_options(arguments, model, infill=False):
@@ -657,7 +687,7 @@ def main():
             return chat(s, data, model, arguments)
         texts, note = arguments.prompt, ""
         if arguments.file:
-            texts = [arguments.file.read_text(encoding="utf-8")]
+            texts = [read_prompt(arguments.file)]
         if texts is not None:
             questions = [ask(data, text, arguments.question, arguments.length) for text in texts]
         elif s.model != "toy":

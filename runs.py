@@ -160,8 +160,14 @@ TRAINED_TOY = Path(__file__).parent / "toy" / "trained"  # it comes with the rep
 def open_model(run, model, changes):
     """A run, or a real model without one. Returns what open_run returns.
 
-    Without either: the latest run, or the toy that comes along if there is none yet.
+    Without either: the latest run, or the toy that comes along if there is none yet. ValueError if
+    both are given, or the toy, which knows nothing without a run.
     """
+    if run and model:
+        raise ValueError(f"give a run ({run}) or a model ({model}), not both")
+    if model == "toy":
+        raise ValueError("--model is for real models; a toy answers from its run: give --run, or "
+                         "leave both out")
     if not model:
         if not run and not list(Path("runs").glob("*/settings.json")):
             console.say("no run of your own yet: this is the toy that comes with the repository")
@@ -169,7 +175,7 @@ def open_model(run, model, changes):
         return open_run(run or latest_run(), with_data=False, **changes)
     s = Settings(model=model, lora=False, **changes)
     data, memory_model = build(s, training=False)
-    if memory_model.backbone.config.left_to_right:
+    if memory_model.backbone.config.left_to_right and not s.from_adapter:
         console.say(f"{model} was trained left to right, not yet as a diffusion model; first: "
                     f"python train.py --model {model}")
     return s, data, memory_model.requires_grad_(False).eval()

@@ -155,8 +155,6 @@ class Harness:
                  max_length=0, steps=0, mode="plain", block_length=0, threshold=0.0, cache="none",
                  max_batch_size=None, device=None, trust_remote_code=None, **settings):
         super().__init__()
-        if run and model:
-            raise ValueError(f"give a run ({run}) or a model ({model}), not both")
         if adapt not in (True, False):
             raise ValueError(f"adapt is {adapt!r}; it must be True or False")
         if mode not in MODES:
@@ -354,7 +352,8 @@ class Harness:
         return {"model": self.backbone.title, "weights": self.s.model,
                 "run": str(self.run) if self.run else None, "adapter": self.s.from_adapter or None,
                 "memory": self.s.memory if self.run else None, "adapt": self.adapt,
-                "other": changed(self.s, asdict(memdlm.Settings())),
+                "other": changed(self.s, {**asdict(memdlm.Settings()),
+                                          "objective": Settings.objective}),
                 "options": changed(self, USUAL) | changed(self.s, loading)
                 | ({} if sight == "full" else {"attention": sight})}
 

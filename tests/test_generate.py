@@ -15,6 +15,7 @@ from backbones.text import ChatData
 from data import PAD, collate
 from runs import TRAINED_TOY, build, open_run
 from settings import Settings
+from test_cli import refused
 from toy.data import ToyData
 
 GIVEN = dict(steps=7, temperature=0.5, block_length=3, cfg_scale=1.5, remasking="random",
@@ -278,6 +279,33 @@ def test_gaps_and_a_question_or_other_prompts_are_refused(cli, untrained):
                         (["--prompt", "fox [MASK]", "--prompt", "fox ruby"], "one at a time")):
         code, _, err = cli(generate, *flags)
         assert code == 2 and says in err
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--threshold", "nan"], "--threshold is nan; it must lie between 0 and 1"),
+    (["--edit-threshold", "1.5"], "--edit-threshold is 1.5"),
+    (["--temperature", "inf"], "--temperature is inf"),
+    (["--cfg-scale", "nan"], "--cfg-scale is nan"),
+    (["--delay", "nan"], "--delay is nan"),
+    (["--prompt", "fox", "--file", "a.txt"], "--prompt and --file both say what to answer"),
+    (["--chat", "--prompt", "fox"], "--prompt and --chat both say"),
+    (["--question", "fox ?"], "--question goes with --prompt or --file"),
+    (["--chat", "--question", "fox ?"], "--question goes with"),
+    (["--html", "a.html", "--inspect", "./a.html"], "--html and --inspect name the same file"),
+    (["--file", "a.txt", "--svg", "a.txt"], "--file and --svg name the same file"),
+    (["--prompt", "fox [MASK]", "--length", "9"], "leave --length out"),
+    (["--file", "a.txt"], "a.txt: byte 5 is not UTF-8"),
+    (["--run", "here", "--model", "there"], "give a run (here) or a model (there), not both"),
+    (["--model", "toy"], "a toy answers from its run")])
+def test_no_flag_is_ignored_and_no_number_means_nothing(cli, tmp_path, flags, says):
+    (tmp_path / "a.txt").write_bytes("fox rüby".encode("latin-1"))
+    assert says in refused(cli(generate, *flags))
+
+
+def test_a_prompt_from_a_file_has_no_byte_order_mark(cli, tmp_path, untrained):
+    (tmp_path / "a.txt").write_text("fox ruby", encoding="utf-8-sig")
+    code, out, err = cli(generate, "--file", "a.txt")
+    assert code == 0 and "prompt: fox ruby" in out, err
 
 
 # ---- Several answers, and chat ------------------------------------------------------------------

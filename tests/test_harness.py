@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,13 @@ def test_a_batch_of_requests_is_answered_like_each_alone(place, which, adapt):
         phi, _ = memdlm.adapt(model.backbone, model.s, batch.prompt, batch.prompt_valid, ["0 2"])
     own, = generate.answer(model.s, model.data, model.model, [sample], phi, "0 2", **options)
     assert own.text == together[2]
+
+
+def test_another_objective_is_not_the_papers(place):
+    model = open_harness(place, "llada-moe")
+    assert model.describe_method()["other"] == {}
+    model.s = replace(model.s, objective="papl")
+    assert model.describe_method()["other"] == {"objective": "papl"}
 
 
 def test_options_of_the_decoder(place):
