@@ -188,12 +188,12 @@ def parse_record(record):
     if len(whole) > 1:
         raise ValueError(f"the record has {' and '.join(whole[0])}, but also "
                          f"{' and '.join(whole[1])}: nobody knows which is meant, so leave one out")
-    for key in ("messages", "conversations"):
-        if key in given:
-            return Record(read_turns(record[key], key), "")
-    ask, reply = max(FORMS, key=lambda form: len(given.intersection(form)))
-    if "text" in given and not given & {ask, reply}:
+    ask, *more = fields_of(given)
+    if ask in ("messages", "conversations"):
+        return Record(read_turns(record[ask], ask), "")
+    if ask == "text":
         return Record([{"role": "assistant", "content": text_field(record, "text")}], "")
+    reply = more[0]
     prompt, question = text_field(record, ask), ""
     if ask == "instruction":
         extra = text_field(record, "input", optional=True)
@@ -202,6 +202,30 @@ def parse_record(record):
         question = text_field(record, "question", optional=True)
     return Record([{"role": "user", "content": prompt},
                    {"role": "assistant", "content": text_field(record, reply)}], question)
+
+
+def fields_of(given):
+    """The fields that a record is read from, of those that it has. The first says which form."""
+    for key in ("messages", "conversations"):
+        if key in given:
+            return (key,)
+    ask, reply = max(FORMS, key=lambda form: len(given.intersection(form)))
+    if "text" in given and not given & {ask, reply}:
+        return ("text",)
+    return ask, reply, {"instruction": "input", "prompt": "question"}.get(ask, reply)
+
+
+def unread_fields(record):
+    """The fields of a record, and of its turns, that say something and are not read."""
+    if not isinstance(record, dict):
+        return []
+    given = {key for key, value in record.items() if value not in (None, "", [], {})}
+    names, unread = fields_of(given), []
+    if isinstance(turns := record.get(names[0]), list):
+        read = ("role", "content", "from", "value")
+        unread = [f"{names[0]}: {key}" for turn in turns if isinstance(turn, dict)
+                  for key, value in turn.items() if value is not None and key not in read]
+    return [*given.difference(names), *unread]
 
 
 def read_turns(turns, key):
@@ -298,7 +322,7 @@ def read_data(name, parse=parse_record, skip_bad=False, most=0):
     same each time. With skip_bad, records that cannot be used are skipped and counted instead.
     """
     path = Path(name)
-    if not path.exists() and (path.suffix in (".gz", *SUFFIXES) or path.is_absolute()):
+    if not path.exists() and (path.suffix.lower() in (".gz", *SUFFIXES) or path.is_absolute()):
         raise ValueError(f"--data {name}: no such file")
     places = read_path(path) if path.exists() else read_hub(name, most)
     with contextlib.closing(places):
@@ -315,12 +339,13 @@ def parse_all(name, places, parse, skip_bad):
 
     A part is a parsed record, or the error that says why there is none.
     """
-    records, skipped = [], []
+    records, skipped, unread = [], [], set()
     for place, part in places:
         try:
             if isinstance(part, Exception):
                 raise part
             records.append(parse(part))
+            unread.update(unread_fields(part))
         except (ValueError, RecursionError) as error:
             # JSON's own message would add a line number counted within this line.
             reason = shorten(str(getattr(error, "msg", error)), 500)
@@ -334,12 +359,14 @@ def parse_all(name, places, parse, skip_bad):
     if skipped:
         places = shorten(", ".join(place for place, _ in skipped), 60)
         say(f"{name}: left out {places}{last}")
+    if unread:
+        say(f"{name}: fields that are not read: {shorten(', '.join(sorted(unread)))}")
     return records, len(skipped)
 
 
 def read_path(path):
     """The records of a file or folder, one after the other: (place, part), for `parse_all`."""
-    if path.is_dir() or path.suffix == ".parquet":
+    if path.is_dir() or path.suffix.lower() == ".parquet":
         return read_rows(path, read_folder if path.is_dir() else read_parquet)
     kind = path.name.lower().removesuffix(".gz")
     return read_csv(path) if kind.endswith(".csv") else read_json_file(path)
@@ -353,7 +380,7 @@ def read_lines(path):
     A file that ends in .gz is unpacked as far as it is read. The byte order mark that some editors
     put first is left out.
     """
-    packed, size, number = path.suffix == ".gz", 0, 0
+    packed, size, number = path.suffix.lower() == ".gz", 0, 0
     try:
         with (gzip.open if packed else open)(path, "rb") as file:
             # Only \n ends a line: JSON texts may hold the other characters that end one.
@@ -378,7 +405,7 @@ def read_json_file(path):
             yield from _split_array(path, "\n" * (number - 1) + whole_line + "".join(lines))
             return
         if line and not begun and not line.startswith("{") and path.suffix and not (
-                path.name.endswith(SUFFIXES)):
+                path.name.lower().endswith(SUFFIXES)):
             raise ValueError(f"cannot read {path}: it does not begin as JSON does; give {FILES}")
         begun = begun or bool(line)
         if line:
@@ -389,7 +416,8 @@ def read_csv(path):
     """The rows of a CSV file as records. Every cell is text, and an empty one is no field."""
     csv.field_size_limit(2**31 - 1)
     rows = csv.reader(read_lines(path), strict=True)
-    names = _next_row(rows)
+    while (names := _next_row(rows)) == []:  # a blank line
+        pass
     if not isinstance(names, list) or len({*names}) < len(names):
         raise ValueError(f"cannot read {path}: its first line must name the columns, each by a "
                          "name of its own")
@@ -410,6 +438,8 @@ def _next_row(rows):
     try:
         return next(rows, None)
     except csv.Error as error:
+        if "unexpected end" in str(error):
+            error = f"{error}: a quote opens in it and never ends, so it holds all that follows"
         return ValueError(f"the row is no CSV: {error}")
 
 
@@ -448,7 +478,10 @@ def read_rows(name, open_rows, instead=FILES):
 def read_parquet(path):
     """The rows of a parquet file, a few at a time."""
     from pyarrow.parquet import ParquetFile
-    for batch in ParquetFile(path).iter_batches(batch_size=256):
+    file = ParquetFile(path)
+    if len({*file.schema_arrow.names}) < len(file.schema_arrow.names):
+        raise ValueError("two of its columns have one name")
+    for batch in file.iter_batches(batch_size=256):
         yield from batch.to_pylist()
 
 
@@ -456,7 +489,9 @@ def read_folder(path):
     """The rows of a folder of save_to_disk: its own, or those of its split `train`."""
     import datasets
     found = datasets.load_from_disk(str(path))
-    return choose_split(path, found, "train") if isinstance(found, dict) else found
+    if not isinstance(found, dict):
+        return found
+    return choose_split(path, found, "train", f"--data {path / next(iter(found), 'NAME')}")
 
 
 def read_hub(name, most):
@@ -485,11 +520,11 @@ def read_hub(name, most):
     return read_rows(name, open_rows, "a part of it with id/subset:split, or download a file")
 
 
-def choose_split(name, found, split):
-    """A split of a data set. ValueError names those that it has."""
+def choose_split(name, found, split, instead="id:split"):
+    """A split of a data set. ValueError names those that it has, and how to give one."""
     if split not in found:
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(found)}: give one "
-                         "with id:split")
+                         f"with {instead}")
     return found[split]
 
 

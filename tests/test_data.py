@@ -186,6 +186,49 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, capsys):
     assert "left out line 4, line 8; the last, line 8: no 'response' in a record with" in line
 
 
+def test_fields_that_are_not_read_are_named(tmp_path, capsys):
+    """Once each. What is read of one form is not of another; empty fields say nothing."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    rows = [{"prompt": "a", "response": "b", "question": "q", "input": "x", "id": 0},
+            {"instruction": "a", "input": "x", "output": "b", "history": [["c", "d"]]},
+            {"messages": turns, "system": "Be kind.", "tools": [], "name": None},
+            {"text": "a", "id": 1}]
+    path = tmp_path / "a.jsonl"
+    for rows, says in ((rows, "history, id, input, messages: weight, system"), (ROWS, None)):
+        path.write_text("\n".join(map(json.dumps, rows)))
+        read_pairs(path)
+        line = f"{path}: fields that are not read: {says}\n" if says else ""
+        assert capsys.readouterr().out == line
+
+
+@pytest.mark.parametrize("kind", ["json", "csv.gz", "jsonl.gz", "parquet"])
+def test_an_ending_in_capitals_is_the_same(tmp_path, kind):
+    path = write_data(kind, tmp_path)
+    assert read_pairs(path.rename(tmp_path / path.name.upper())) == (PAIRS, 0)
+
+
+def test_a_csv_may_begin_with_blank_lines_and_says_which_quote_is_open(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    path.write_text('\n\nprompt,response\na,b\n')
+    assert read_pairs(path) == ([("a", "", "b")], 0)
+    path.write_text('prompt,response\na,b\nc,"d\ne,f\ng,h\n')
+    assert read_pairs(path, skip_bad=True) == ([("a", "", "b")], 1)
+    assert "row 2: the row is no CSV: unexpected end of data: a quote opens" in capsys.readouterr().out
+
+
+def test_a_column_stands_once_and_a_missing_split_is_told(tmp_path):
+    import datasets
+    from pyarrow import parquet, table
+    twice = table({"prompt": ["a"], "response": ["b"]}).append_column("prompt", [["c"]])
+    parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="two of its columns have one name"):
+        read_pairs(tmp_path / "a.parquet")
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "d")
+    with pytest.raises(ValueError, match="no split 'train'; .* --data .*d/test"):
+        read_pairs(tmp_path / "d")
+    assert read_pairs(tmp_path / "d/test") == (PAIRS, 0)
+
+
 # ---- The first records --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
