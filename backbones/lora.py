@@ -1,8 +1,8 @@
 """The LoRA that the outer loop trains, through PEFT, and its files.
 
 An adapter is two files as plain PEFT writes and reads them, adapter_config.json and
-adapter_model.safetensors. A third, base.json, says which weights the adapter was trained on. Two
-bases can have the same shapes, and an adapter fits only one of them.
+adapter_model.safetensors. A third, base.json, says which weights the adapter was trained on, and
+how: two bases can have the same shapes, and an adapter fits only one of them.
 """
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 from backbones.config import show
 from backbones.experts import Stack
 from backbones.families import FAMILIES
+from console import say
 from files import (
     MOST_TENSORS, model_folder, open_tensors, read_json, read_tensor, write_json, write_tensors,
     write_whole,
@@ -121,7 +122,8 @@ def save_adapter(backbone, folder):
     config = backbone.lora_config.to_dict() | {"inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value
               for key, value in config.items()}
-    base = {"name": backbone.name, "checksum": backbone.weights_checksum()}
+    base = {"name": backbone.name, "checksum": backbone.weights_checksum(),
+            "attention": backbone.attention, "shift": backbone.config.shift}
     tensors = {key: p.detach().cpu().contiguous() for key, p in lora_weights(backbone).items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "adapter_config.json", config, indent=2)
@@ -208,6 +210,21 @@ def refuse_other_weights(raw, folder, base, own):
                          f"of {base}; remove its base.json to use it all the same")
 
 
+def check_sight(raw, folder, config):
+    """ValueError if base.json says that the logits were at other places; a note on another sight.
+
+    A model that looks both ways may well go on from one that looked left, so that is no error.
+    """
+    made_for = raw["made_for"] if isinstance(raw["made_for"], dict) else {}
+    shift, attention = (made_for.get(key, getattr(config, key)) for key in ("shift", "attention"))
+    if shift != config.shift:
+        raise ValueError(f"{folder} was trained {'with' if shift else 'without'} --shift; "
+                         f"{'add it' if shift else 'leave it out'}")
+    if attention != config.attention and "causal" in f"{attention} {config.attention}":
+        say(f"note: {folder} was trained with --attention {show(attention)}, not with "
+            f"{config.attention} as here")
+
+
 def check_places(tensors, network, config, rank, folder):
     """Names of the layers that an adapter adapts, and {key of its file: shape} of what they need.
 
@@ -249,6 +266,7 @@ def load_adapter(backbone, folder, dropout=0.0, dtype="float32"):
         raise ValueError(f"{folder} was made for another model: {len(missing)} keys do not fit: "
                          f"they are missing, such as {min(missing)}")
     refuse_other_weights(raw, folder, backbone.name, backbone.weights_checksum())
+    check_sight(raw, folder, backbone.config)
     add_lora(backbone, raw["r"], raw["lora_alpha"], dropout, dtype=dtype, targets=targets)
     for key, weight in lora_weights(backbone).items():
         weight.data.copy_(tensors[key])
@@ -273,6 +291,7 @@ def merge_adapter(source, folder, network, base, config):
     vectors = [source(name, p.shape) for name, p in weights.items() if p.dim() == 1]
     embedding = source(f"{embed}.weight", weights[f"{embed}.weight"].shape)
     refuse_other_weights(raw, folder, base, weights_checksum(embedding, vectors))
+    check_sight(raw, folder, config)
 
     def with_adapter(name, shape):
         W, stem = source(name, shape), "base_model.model." + name.removesuffix(".weight")

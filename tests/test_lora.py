@@ -223,6 +223,25 @@ def test_an_adapter_on_other_weights_of_the_same_shape_is_refused(tiny_models, t
     load_backbone(str(tmp_path / "1"), merge=str(tmp_path / "a"))
 
 
+def test_an_adapter_says_where_logits_were_and_how_tokens_looked(tmp_path, tiny_models, capsys):
+    model = str(tiny_models / "qwen3-0.6b")
+    trained = random_lora(load_backbone(model, shift=True, attention="causal:2"))
+    save_adapter(trained, tmp_path / "a")
+    uses = (lambda **sight: load_adapter(load_backbone(model, **sight), str(tmp_path / "a")),
+            lambda **sight: load_backbone(model, merge=str(tmp_path / "a"), **sight))
+    for use in uses:
+        use(shift=True, attention="causal:2")
+        assert capsys.readouterr().out == ""
+        use(shift=True)
+        assert "was trained with --attention 'causal:2', not with full" in capsys.readouterr().out
+        with pytest.raises(ValueError, match="was trained with --shift; add it"):
+            use(attention="causal:2")
+    (tmp_path / "a/base.json").write_text("{}")  # as of a stranger, who says nothing
+    for use in uses:
+        use()
+    assert capsys.readouterr().out == ""
+
+
 def test_lora_gradients_reach_every_adapted_layer():
     backbone = random_lora(tiny_backbone("llada-moe"), router=True)
     # The batch has no masks, for these are all alike and would go to the same experts.
