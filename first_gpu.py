@@ -78,11 +78,8 @@ def run_steps(steps, about, folder):
     about: device and versions. A result of other versions does not count.
     """
     stem = "gpu_" + re.sub(r"\W+", "_", about["device"]).strip("_").lower()
-    path, done = Path(folder) / f"{stem}.json", {}
-    if path.exists():
-        before = read_json(path)
-        if isinstance(before, dict) and before.get("about") == about:
-            done = before["steps"]
+    path = Path(folder) / f"{stem}.json"
+    done = read_done(path, about) if path.exists() else {}
     for number, (name, commands) in enumerate(steps.items(), 1):
         say(f"[{number}/{len(steps)}] {name}")
         if done.get(name, {}).get("commands") == commands and done[name]["ok"]:
@@ -95,6 +92,17 @@ def run_steps(steps, about, folder):
         write_text(path.with_suffix(".md"), make_page(about, done))
     say(f"{path.with_suffix('.md')} has the tables, {path} the numbers")
     return done
+
+
+def read_done(path, about):
+    """{name: result} of the steps in an earlier file. ValueError if it is none of ours."""
+    before = read_json(path)
+    steps = before.get("steps") if isinstance(before, dict) else None
+    if not isinstance(steps, dict) or not all(
+            isinstance(step, dict) and {"commands", "ok", "seconds"} <= {*step}
+            and (step["ok"] or {"exit_code", "last_lines"} <= {*step}) for step in steps.values()):
+        raise ValueError(f"{path} is not what this program writes; move it away")
+    return steps if before.get("about") == about else {}
 
 
 def run_step(commands):

@@ -4,6 +4,7 @@ import shlex
 import sys
 import time
 
+import pytest
 import torch
 
 import bench
@@ -47,6 +48,14 @@ def test_a_failure_is_recorded_and_loses_nothing_and_the_next_call_goes_on(tmp_p
     assert list(done) == list(steps)
     run(steps, tmp_path, ABOUT | {"torch": "3"})  # what others measured does not count
     assert count.read_text() == "xxxx"
+
+
+@pytest.mark.parametrize("text", ["[]", '{"about": {}}', '{"steps": [1]}', '{"steps": {"a": 1}}',
+                                  '{"steps": {"a": {"ok": false, "commands": [], "seconds": 1}}}'])
+def test_a_damaged_file_of_results_is_one_line(tmp_path, text):
+    (tmp_path / "gpu_test_gpu_1_x.json").write_text(text)
+    with pytest.raises(ValueError, match="is not what this program writes; move it away"):
+        first_gpu.run_steps({"first": GOOD}, ABOUT, tmp_path)
 
 
 def test_a_command_that_takes_too_long_ends():
