@@ -17,16 +17,18 @@ if __name__ == "__main__":  # first of all: a Ctrl-C may come while torch is imp
     import console
     console.begin()
 
+import contextlib
 import math
+import shutil
 from pathlib import Path
 
 from backbones.checkpoint import hub_weights, load_backbone, write_shards
 from backbones.families import read_raw
 from cards import write_model_card
 from console import say
-from files import write_json
+from files import check_target, write_json
 from runs import open_run, read_checkpoint, read_settings
-from settings import Parser, one_line
+from settings import Parser, enough_memory, one_line
 
 SHARD = 4 << 30  # bytes in a file of weights, about
 
@@ -37,6 +39,7 @@ def export(run, folder):
     ValueError if that cannot be done.
     """
     s, folder = read_settings(run), Path(folder)
+    check_target(folder / "config.json")
     if s.model == "toy":
         raise ValueError("export.py is for real models; a toy's run folder is all there is of it")
     if s.merge:
@@ -51,18 +54,32 @@ def export(run, folder):
         _, _, model = open_run(run, with_data=False, device="cpu")
         backbone = model.backbone
     weights = {name: weight.detach() for name, weight in hub_weights(backbone.network).items()}
-    folder.mkdir(parents=True, exist_ok=True)
     name_mask(backbone.tokenizer.hf, backbone.mask_id)
-    backbone.tokenizer.hf.save_pretrained(folder)
     size = sum(weight.numel() * weight.element_size() for weight in weights.values())
-    write_shards(weights, folder, math.ceil(size / SHARD))
     stored = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     _, state = read_checkpoint(Path(run) / "model.safetensors")
-    write_model_card(s, Path(run), folder, state["step"], state["processes"])
-    # config.json comes last: with it the folder is a model.
-    write_json(folder / "config.json", describe(backbone.config, read_raw(s.model)[0], stored),
-               indent=2)
+    with whole_or_nothing(folder):
+        backbone.tokenizer.hf.save_pretrained(folder)
+        write_shards(weights, folder, math.ceil(size / SHARD))
+        write_model_card(s, Path(run), folder, state["step"], state["processes"])
+        # config.json comes last: with it the folder is a model.
+        write_json(folder / "config.json", describe(backbone.config, read_raw(s.model)[0], stored),
+                   indent=2)
     return backbone
+
+
+@contextlib.contextmanager
+def whole_or_nothing(folder):
+    """A folder to write into, new or empty. If that fails it goes again. OSError says why."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, ValueError) or not isinstance(error, Exception):
+            raise
+        # For a full disk the libraries of tokenizers and tensors have errors of their own.
+        raise OSError(f"{folder} could not be written: {error}") from None
 
 
 def name_mask(hf, mask):
@@ -95,7 +112,7 @@ def main():
     parser.add_argument("run", help="the folder of a run")
     parser.add_argument("folder", help="the folder to write, which is new")
     arguments = parser.parse_args()
-    with one_line():
+    with one_line(), enough_memory():
         backbone = export(arguments.run, arguments.folder)
         say(f"{arguments.folder}: {backbone.title}; try: python generate.py "
             f'--model {arguments.folder} --prompt "..."')

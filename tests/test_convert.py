@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import export
 import memdlm
@@ -20,6 +21,7 @@ from compare import write_phi
 from data import Sample, collate
 from runs import build, open_run
 from settings import Settings
+from test_cli import refused
 from tiny_models import all_logits, edit_json, library_model, tiny_backbone, to_library
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -292,6 +294,29 @@ def test_what_cannot_be_written_is_refused(tmp_path, tiny_models):
     (run / "settings.json").write_text(json.dumps(replace(settings, merge=False).__dict__))
     with pytest.raises(ValueError, match="is not empty"):
         export.export(run, tmp_path / "full")
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, tiny_models, monkeypatch, cli):
+    """The library of tensors has an error of its own for a full disk."""
+    def write(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device")
+
+    model, run = str(tiny_models / "qwen3-0.6b"), tmp_path / "run"
+    run.mkdir()
+    (run / "settings.json").write_text(json.dumps(Settings(model=model).__dict__))
+    state = {"step": 1, "processes": 1}
+    monkeypatch.setattr(export, "read_checkpoint", lambda path: ({}, state))
+    opened = load_backbone(model)
+    monkeypatch.setattr(export, "load_backbone", lambda *names, **options: opened)
+    monkeypatch.setattr("safetensors.torch.save_file", write)
+    line = refused(cli(export, run, "new"))
+    assert line == "error: new could not be written: I/O error: No space left on device"
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(export, "load_backbone", None)  # nothing is loaded before it is refused
+    for place in ("file", "file/new"):
+        assert "file is no folder that you may write to" in refused(cli(export, run, place))
 
 
 @pytest.mark.parametrize("field, value", [("attention", "left"), ("attention", 3), ("shift", 2)])
