@@ -17,7 +17,7 @@ from pathlib import Path
 from backbones import smollm2
 from console import printable
 from files import HUB_ID, write_text
-from runs import read_metrics
+from runs import read_metrics, read_origin
 from settings import Settings, command_of, flags_between, names_of
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what --model smollm2 is on the hub
@@ -68,12 +68,20 @@ def base_of(s):
     return SMOLLM2 if smollm2.is_meant(s.model) else on_hub(s.model)
 
 
-def head_fields(s, kind):
-    """What the head of a card says. kind: more fields, {name: value}."""
-    base, here = base_of(s), Path(s.data).exists()
+def head_fields(s, folder, kind):
+    """What the head of a card says. folder: of the run. kind: more fields, {name: value}."""
+    base, here = base_of(s), Path(s.data).exists() or had_file(folder)
     data = on_hub("/".join(s.data.partition(":")[0].split("/")[:2]))  # id/subset:split
     return ({"base_model": base} if base else {}) | kind | (
         {"datasets": [data]} if data and not here else {})
+
+
+def had_file(folder):
+    """Was a run started with data in a file or a folder, which may be gone by now?"""
+    try:
+        return "data" in read_origin(folder)
+    except ValueError:  # it is damaged: nobody knows
+        return True
 
 
 def describe_run(s, folder, step, processes):
@@ -135,7 +143,7 @@ LICENCE = ("## Licence\n\nNone is stated here: whoever publishes these weights c
 
 def write_adapter_card(s, folder, step, processes=1):
     """Write the card of a run's adapter, beside the adapter."""
-    head = head_of(head_fields(s, {"library_name": "peft", "tags": ["lora", *TAGS]}))
+    head = head_of(head_fields(s, folder, {"library_name": "peft", "tags": ["lora", *TAGS]}))
     if s.merge:
         how = [f"It stands on {code(s.model)} with the adapter {code(s.from_adapter)} merged, "
                "and loads only together with that. Its run folder answers:",
@@ -174,7 +182,7 @@ def load_adapter_text(s):
 def write_model_card(s, run, folder, step, processes=1):
     """Write the card of a checkpoint that export.py wrote from a run."""
     kind = {"base_model_relation": "finetune"} if base_of(s) else {}
-    head = head_of(head_fields(s, {**kind, "tags": TAGS}))
+    head = head_of(head_fields(s, run, {**kind, "tags": TAGS}))
     what = "with a trained LoRA merged into them" if s.lora else "trained further"
     parts = [head, "# A masked diffusion language model trained with MemDLM",
              f"The weights of {code(s.model)}, {what}. phi, "

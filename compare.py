@@ -577,8 +577,13 @@ def draw_loss(axes, lines, key, label):
 
 
 def draw_stored(path, out):
-    """Draw a comparison from its file of numbers."""
-    draw_numbers(read_json(Path(path), finite=False), out)
+    """Draw a comparison from its file of numbers. ValueError if it holds anything else."""
+    numbers = read_json(Path(path), finite=False)
+    try:
+        draw_numbers(numbers, out)
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError(f"{path} does not hold the numbers of a comparison; move it away, and "
+                         "python evaluate.py compare --json makes one") from None
 
 
 def draw_numbers(numbers, path):

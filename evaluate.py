@@ -35,7 +35,7 @@ from backbones.block_diffusion import MODES
 from files import nearest
 from runs import latest_run, read_settings
 from settings import (
-    CHANGEABLE, Parser, add_flags, enough_memory, file_to_write, names_of, one_line,
+    CHANGEABLE, Parser, add_flags, check_files, enough_memory, file_to_write, names_of, one_line,
     picture_to_write,
 )
 
@@ -276,7 +276,7 @@ def list_runs(arguments):
 
 
 def check_arguments(arguments):
-    """ValueError if a number is too small."""
+    """ValueError if a number is too small, or one file is to be written twice."""
     for name, least in (("samples", 2), ("jobs", 1), ("seeds", 1), ("batch_size", 1),
                         ("mc_samples", 1), ("wait", 1), ("first_seed", 0), ("steps", 0),
                         ("max_length", 0), ("block_length", 0), ("num_fewshot", 0)):
@@ -284,6 +284,7 @@ def check_arguments(arguments):
         if value is not None and value < least:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {value}; it must be at least {least}")
+    check_files(arguments, "json", "picture")
 
 
 def respell(words):

@@ -236,7 +236,8 @@ def read_json(path, finite=True):
     stands twice and, if `finite`, every number is finite.
     """
     if not path.exists():
-        raise ValueError(f"{path} is missing: not the folder of a model in the hub's layout")
+        hint = ": not the folder of a model in the hub's layout" * path.name.endswith("config.json")
+        raise ValueError(f"{path} is missing{hint}")
     if not path.is_file() or path.stat().st_size > MOST_JSON:
         raise ValueError(f"{path} is no file of at most {MOST_JSON >> 20} MB")
     try:

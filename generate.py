@@ -40,7 +40,9 @@ from pages import (
     Denoising, Part, Report, make_panel, write_animation, write_inspection, write_page,
 )
 from runs import open_model
-from settings import CHANGEABLE, Parser, add_flags, enough_memory, file_to_write, one_line
+from settings import (
+    CHANGEABLE, Parser, add_flags, check_files, enough_memory, file_to_write, one_line,
+)
 
 # ---- What is asked ------------------------------------------------------------------------------
 
@@ -617,12 +619,7 @@ def check_texts(arguments):
         raise ValueError(f"{' and '.join(sources)} both say what to answer; give one of them")
     if arguments.question and sources in ([], ["--chat"]):
         raise ValueError("--question goes with --prompt or --file, which it is about")
-    files = {}
-    for name in ("file", "html", "svg", "inspect"):
-        if getattr(arguments, name):
-            other = files.setdefault(Path(getattr(arguments, name)).resolve(), name)
-            if other != name:
-                raise ValueError(f"--{other} and --{name} name the same file; give two names")
+    check_files(arguments, "file", "html", "svg", "inspect")
 
 
 def read_prompt(path):

@@ -381,6 +381,16 @@ def picture_to_write(text):
     return text
 
 
+def check_files(arguments, *names):
+    """ValueError if two of these flags name one file: it would be overwritten."""
+    flags = {}
+    for name in names:
+        if getattr(arguments, name, None):
+            other = flags.setdefault(Path(getattr(arguments, name)).resolve(), name)
+            if other != name:
+                raise ValueError(f"--{other} and --{name} name the same file; give two names")
+
+
 class ShowHelp(argparse.Action):
     """--help and --help-all."""
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import memdlm
 from backbones.block_diffusion import MODES
+from console import say
 from data import Sample, collate, mark_response
 from generate import decoder_options, reply_text
 from paper.scores import add_scores, load_scores, plain
@@ -718,8 +719,8 @@ def print_scores(rows):
         value = f"{value:8.4f}" if isinstance(value, (int, float)) else value
         adapted = ", adapted to each prompt" if row["adapt"] else ""
         cut = f", {row['cut']} prompts cut" if row["cut"] else ""
-        print(f"{row['task']:28} {length:>6} {metric:22} {value}  "
-              f"({row['samples']} samples{adapted}{cut})")
+        say(f"{row['task']:28} {length:>6} {metric:22} {value}  "
+            f"({row['samples']} samples{adapted}{cut})")
 
 
 # ---- What RULER's loader needs ------------------------------------------------------------------

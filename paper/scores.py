@@ -40,6 +40,8 @@ def is_row(row):
     """Is this a row of scores.json? Older ones have fewer fields."""
     return (isinstance(row, dict) and not {*NEEDED} - {*row}
             and all(isinstance(row[key], str) for key in ("task", "metric", "model"))
+            and all(isinstance(row.get(key) or "", str)
+                    for key in ("filter", "weights", "run", "adapter"))
             and all(isinstance(row.get(key) or {}, dict) for key in ("other", "options"))
             and row["adapt"] in (True, False) and row.get("memory") in (True, False, None))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from console import say
 from paper.scores import load_scores
 
 # (trained with memory, adapted to each prompt) -> the paper's word for it. The paper lacks the
@@ -30,7 +31,7 @@ def print_tables(folder):
         print_table(table, scores)
     print_ablations(paper["ablations"], scores)
     print_all(scores)
-    print(f"\nOurs: {len(scores)} scores from {folder}, written by evaluate.py tasks.")
+    say(f"\nOurs: {len(scores)} scores from {folder}, written by evaluate.py tasks.")
 
 
 def print_table(table, scores):
@@ -39,9 +40,9 @@ def print_table(table, scores):
     A method has several lines if several models of ours, limits or settings belong to it.
     """
     columns = table["columns"]
-    print(f"\n{table['name']} (percent; paper / ours)\n")
-    print("| method | " + " | ".join(column[0] for column in columns) + " |")
-    print("|---" + "|---" * len(columns) + "|")
+    say(f"\n{table['name']} (percent; paper / ours)\n")
+    say("| method | " + " | ".join(column[0] for column in columns) + " |")
+    say("|---" + "|---" * len(columns) + "|")
     for method in METHODS.values():
         ours = find_lines(scores, table["model"], method, columns, {})
         theirs = table["rows"].get(method, [None] * len(columns))
@@ -50,17 +51,17 @@ def print_table(table, scores):
         for label, cells in ours or [(method, ["-"] * len(columns))]:
             pairs = [f"{'-' if number is None else f'{number:.2f}'} / {cell}"
                      for number, cell in zip(theirs, cells)]
-            print(f"| {label} | " + " | ".join(pairs) + " |")
+            say(f"| {label} | " + " | ".join(pairs) + " |")
 
 
 def print_ablations(ablations, scores):
     """Print the table of ablations, with a line per variant, or several as in `print_table`."""
-    print(f"\n{ablations['name']} (percent)\n\n| variant | paper | ours |\n|---|---|---|")
+    say(f"\n{ablations['name']} (percent)\n\n| variant | paper | ours |\n|---|---|---|")
     method = "train & inference"
     for name, settings, number in ablations["rows"]:
         ours = find_lines(scores, ablations["model"], method, [ablations["column"]], settings)
         for label, (cell,) in ours or [(method, ["-"])]:
-            print(f"| {name}{label.removeprefix(method)} | {number:.1f} | {cell} |")
+            say(f"| {name}{label.removeprefix(method)} | {number:.1f} | {cell} |")
 
 
 def find_lines(scores, model, method, columns, settings):
@@ -129,9 +130,9 @@ def show_score(score):
 def print_all(scores):
     """Print every score of ours, also those that are in no table of the paper."""
     if scores:
-        print("\nAll scores of ours\n")
-        print("| task | length | metric | score | samples | model | method | settings |")
-        print("|---" * 8 + "|")
+        say("\nAll scores of ours\n")
+        say("| task | length | metric | score | samples | model | method | settings |")
+        say("|---" * 8 + "|")
     for score in scores:
         model = " ".join(filter(None, [score["model"], name_source(score)]))
         metric = ",".join([score["metric"], score.get("filter", "none")]).removesuffix(",none")
@@ -139,5 +140,5 @@ def print_all(scores):
         if score.get("limit") is not None:
             settings.append(f"limit {score['limit']}")
         length = "" if score.get("length") is None else score["length"]
-        print(f"| {score['task']} | {length} | {metric} | {score['value']} | "
+        say(f"| {score['task']} | {length} | {metric} | {score['value']} | "
               f"{score.get('samples')} | {model} | {method_of(score)} | {', '.join(settings)} |")

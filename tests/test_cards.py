@@ -112,6 +112,12 @@ def test_a_folder_is_no_base_model_of_the_hub(tmp_path, monkeypatch):
     assert head.keys() == {"library_name", "tags"}
     head = write_card(tmp_path, Settings(model="me/other", data="me/set/part:test"))[1]
     assert (head["base_model"], head["datasets"]) == ("me/other", ["me/set"])
+    # A file that was there when the run began is none of the hub's, wherever it is now.
+    for text, known in (('{"torch": "2"}', True), ('{"data": "0123abcd"}', False), ("{", False)):
+        (tmp_path / "origin.json").write_text(text)
+        head = write_card(tmp_path, Settings(model="me/other", data="my/pairs.jsonl"))[1]
+        assert ("datasets" in head) == known
+    (tmp_path / "origin.json").unlink()
     head = write_card(tmp_path, Settings(model="smollm2"))[1]
     assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     for s, told in ((Settings(model="smollm2"), True), (Settings(model=REAL), False)):

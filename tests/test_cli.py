@@ -79,6 +79,7 @@ def refused(result):
     (evaluate, ["exposure", "--out", "x.xyz"], "x.xyz ends in .xyz; give .png"),
     (evaluate, ["--json", "folder"], "--json: folder is no plain file"),
     (evaluate, ["--picture", "file/x.png"], "file is no folder"),
+    (evaluate, ["--json", "x.png", "--picture", "./x.png"], "--json and --picture name the same"),
     (bench, ["--scale", "--json", "folder"], "--json: folder is no plain file")])
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(cli, tmp_path, script, flags,
                                                                    says):
@@ -86,6 +87,10 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(cli, tmp_path
     (tmp_path / "file").write_text("")
     assert says in refused(cli(script, *flags))
 
+
+
+def test_a_missing_file_is_not_called_a_model(cli):
+    assert refused(cli(evaluate, "claims", "--again", "x.json")) == "error: x.json is missing"
 
 
 def test_a_run_leaves_its_folder_and_prints_the_panel(cli, tmp_path):

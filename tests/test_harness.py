@@ -398,6 +398,12 @@ def test_only_a_score_of_the_same_name_is_replaced(tmp_path, change):
     assert load_scores(path) == [ROW | change, again]
 
 
+def test_a_name_in_a_file_of_scores_does_not_steer_the_terminal(tmp_path, cli):
+    (tmp_path / "scores.json").write_text(json.dumps([ROW | {"task": "a\033[2Jb", "run": "\033c"}]))
+    code, out, _ = cli(evaluate, "paper", tmp_path)
+    assert code == 0 and "a\\x1b[2Jb" in out and "\033" not in out
+
+
 def test_old_files_are_read_and_damaged_ones_refused(tmp_path, cli):
     old = {key: ROW[key] for key in ("task", "metric", "length", "model", "memory", "adapt",
                                      "other", "value", "samples")}
@@ -406,7 +412,8 @@ def test_old_files_are_read_and_damaged_ones_refused(tmp_path, cli):
     add_scores(path, [ROW])
     assert load_scores(path) == [old, old | {"value": 0.1}, ROW]
     for text in ("[", "{}", "[3]", "[{}]", json.dumps([old | {"other": [1]}]), "9", "\ufffe",
-                 json.dumps([old, old | {"memory": "x"}])):
+                 json.dumps([old, old | {"memory": "x"}]), json.dumps([old | {"filter": 3}]),
+                 json.dumps([old | {"run": ["x"]}])):
         path.write_text(text)
         assert "scores.json" in refused(cli(evaluate, "paper", tmp_path))
         line = refused(cli(evaluate, "tasks", "babilong_qa1", "--model", "no/where", "--out",

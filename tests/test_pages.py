@@ -382,6 +382,10 @@ def test_the_pictures_of_a_run_are_drawn_from_its_numbers(cli, tmp_path):
         "loss.png", "panel.png"}, err
     code, _, err = cli(evaluate, "pictures", tmp_path)
     assert code == 2 and "settings.json" in err
+    for text in ("{}", "[1]", "null", '{"groups": [3], "metric": "nats"}'):
+        (tmp_path / "r/panel.json").write_text(text)
+        code, _, err = cli(evaluate, "pictures", tmp_path / "r")
+        assert code == 2 and "panel.json does not hold the numbers of a comparison" in err
 
 
 @pytest.mark.slow
