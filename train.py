@@ -562,6 +562,8 @@ def start_run(out, s, processes):
     if not out:
         folder = pick_folder(s)
         return folder, [folder, *made]
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give --out the name of a folder")
     if (folder / "settings.json").exists():
         raise ValueError(f"{folder} holds a run already: --resume {folder} goes on with it, "
                          "another --out starts anew")

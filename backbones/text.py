@@ -285,8 +285,8 @@ class ChatData(Source):
             raise ValueError(
                 f"{where}: {len(samples)} samples left of {len(records)} ({counts['long']} longer "
                 f"than {max_length} tokens, {counts['special']} with special tokens in their "
-                f"text, {counts['refused']} refused by the chat template); raise --max-length, or "
-                "--truncate")
+                f"text, {counts['refused']} refused by the chat template); two are needed, one to "
+                "train and one to test" + "; raise --max-length, or --truncate" * (counts["long"] > 0))
         generator = torch.Generator().manual_seed(split_seed)
         order = torch.randperm(len(samples), generator=generator).tolist()
         # 5 % are held out, but two if there are four: a prompt is compared with another one.

@@ -391,6 +391,11 @@ def test_an_existing_run_is_not_overwritten(cli, two_runs):
     assert "holds a run already" in refused(cli(train, *TINY, "--out", two_runs / "runs/words"))
 
 
+def test_a_run_needs_a_folder(cli, tmp_path):
+    (tmp_path / "x").touch()
+    assert "x is a file; give --out the name of a folder" in refused(cli(train, "--out", "x"))
+
+
 def test_runs_of_different_data_are_not_compared(cli, two_runs):
     both = two_runs / "runs/words", two_runs / "runs/bytes"
     assert "different data" in refused(cli(evaluate, *both, "--samples", "2"))

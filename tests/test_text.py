@@ -162,6 +162,8 @@ def test_filter_truncation_split_and_summary(moe):
     assert first != second
     with pytest.raises(ValueError, match="raise --max-length"):
         ChatData(moe, records, max_length=10)
+    with pytest.raises(ValueError, match="two are needed, one to train and one to test$"):
+        ChatData(moe, records[:1])
 
 
 def test_padding_as_end_tokens_is_a_setting(tiny_models):
