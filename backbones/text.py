@@ -282,11 +282,12 @@ class ChatData(Source):
             raise ValueError(f"{backbone.name} has no tokenizer.json, so it cannot read text")
         samples, counts = self.encode_records(records, max_length, truncate, where, skip_bad)
         if records and len(samples) < 2:
+            raise_it = "; raise --max-length, or --truncate" if counts["long"] else ""
             raise ValueError(
                 f"{where}: {len(samples)} samples left of {len(records)} ({counts['long']} longer "
                 f"than {max_length} tokens, {counts['special']} with special tokens in their "
                 f"text, {counts['refused']} refused by the chat template); two are needed, one to "
-                "train and one to test" + "; raise --max-length, or --truncate" * (counts["long"] > 0))
+                f"train and one to test{raise_it}")
         generator = torch.Generator().manual_seed(split_seed)
         order = torch.randperm(len(samples), generator=generator).tolist()
         # 5 % are held out, but two if there are four: a prompt is compared with another one.
