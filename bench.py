@@ -41,12 +41,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 import memdlm
 from backbones import experts
-from backbones.block_cache import BLOCK_LENGTH, check_cache
 from backbones.checkpoint import describe, load_backbone
 from backbones.families import FAMILIES, PUBLISHED, TINY, translate
 from backbones.lora import add_lora
 from backbones.plan import empty_network, lora_sizes, memory_plan, plan_text
-from decoding import WAYS, count_forwards, measure_model, table_of
+from decoding import count_forwards, decode, measure_model, table_of, ways_of
 from files import nearest, write_json
 from memdlm import Batch, MemDLM
 from runs import build, pick_device
@@ -230,12 +229,6 @@ def run_forward(backbone, s, batch):
         return memdlm.upper_layers(backbone, s, h, batch.valid, None)
 
 
-def run_decoder(backbone, s, batch, phi=None):
-    """Decode all maskable positions of the batch."""
-    for _ in backbone.decoder(backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds, phi):
-        pass
-
-
 # ---- A training step ----------------------------------------------------------------------------
 
 class LogitsEverywhere(MemDLM):
@@ -367,8 +360,8 @@ def measure_decoding(case, prompt, new, repeats, clock):
             h = run_forward(backbone, s, batch)
             backbone.head(h[:, -min(32, new):])
 
-    positions = count_positions(backbone, partial(run_decoder, backbone, s, batch))
-    times = time_in_turns({"ours": lambda seed: run_decoder(backbone, s, batch),
+    positions = sum(count_forwards(backbone, partial(decode, backbone, s, batch)))
+    times = time_in_turns({"ours": lambda seed: decode(backbone, s, batch),
                            "window": decode_window}, repeats, clock)
     per_token, window_per_token = times["ours"][0] / new, times["window"][0]
     return {
@@ -377,11 +370,6 @@ def measure_decoding(case, prompt, new, repeats, clock):
         "seconds_per_token": per_token, "window_seconds_per_token": window_per_token,
         "times_faster": window_per_token / per_token,
     }
-
-
-def count_positions(backbone, work):
-    """How many tokens the layers see in a piece of work."""
-    return sum(count_forwards(backbone, work))
 
 
 DECODING = ("case", "prompt", "new", "s / token", "window s", "faster", "positions", "window")
@@ -402,7 +390,7 @@ def measure_batch_of_eight(repeats, clock):
     def answer(numbers):
         batch = data.tests("64 x1", numbers, s.closed_book)
         phi, _ = memdlm.adapt(model.backbone, s, batch.prompt, batch.prompt_valid, batch.seeds)
-        run_decoder(model.backbone, s, batch, phi)
+        decode(model.backbone, s, batch, phi)
 
     def one_by_one(seed):
         for number in range(8):
@@ -486,15 +474,6 @@ def train_on_language(language, steps):
     return backbone.eval()
 
 
-def decode_one_way(backbone, batch, way):
-    """Decode in blocks. Returns the last canvas, and how often the model looked."""
-    count = 0
-    for canvas in memdlm.denoise(backbone, Settings(), batch.x0, batch.maskable, batch.valid,
-                                 batch.seeds, block_length=BLOCK_LENGTH, **way):
-        count += 1
-    return canvas, count
-
-
 def measure_trade_off(steps, samples):
     """What the cache and a threshold change in 96 tokens after a prompt of 96."""
     language, prompt, rows, exact = Language(), 96, {}, None
@@ -502,16 +481,16 @@ def measure_trade_off(steps, samples):
     table = Table(("96 + 96 tokens, trained", "tokens unlike exact", "words right", "looks",
                    "positions", "CPU s / token"))
     batches = [language.batch(f"test {i}", 1, prompt) for i in range(samples)]
-    for name, way in WAYS.items():
+    for name, options in ways_of(backbone).items():
         begin, done = time.process_time(), []
-        positions = count_positions(backbone, lambda: done.extend(
-            decode_one_way(backbone, batch, way) for batch in batches))
-        seconds, canvas = time.process_time() - begin, torch.cat([x for x, _ in done])
+        sizes = count_forwards(backbone, lambda: done.extend(
+            decode(backbone, Settings(), batch, **options) for batch in batches))
+        seconds, canvas = time.process_time() - begin, torch.cat(done)
         exact = canvas if exact is None else exact  # the first way
         row = rows[name] = {
             "differ": float((canvas != exact)[:, prompt:].float().mean()),
             "right": language.share_right(canvas, prompt),
-            "looks": sum(count for _, count in done) / samples, "positions": positions / samples,
+            "looks": len(sizes) / samples, "positions": sum(sizes) / samples,
             "seconds_per_token": seconds / samples / 96}
         table.add((name, f"{row['differ']:.3f}", f"{row['right']:.3f}", f"{row['looks']:.1f}",
                    f"{row['positions']:,.0f}", f"{row['seconds_per_token']:.4f}"))
@@ -524,13 +503,14 @@ def measure_cache(repeats):
                              device="cpu").eval()
     s, rows, seconds = Settings(batch=1), {}, {name: [] for name in ("exact", "cache")}
     batch = random_batch(backbone.vocab_size, backbone.mask_id, s, 1152, 0, 1024 / 1152)
+    ways = ways_of(backbone)
     for name in seconds:
-        positions = count_positions(backbone, lambda: decode_one_way(backbone, batch, WAYS[name]))
-        rows[name] = {"looks": 128, "positions": positions}
+        sizes = count_forwards(backbone, partial(decode, backbone, s, batch, **ways[name]))
+        rows[name] = {"looks": len(sizes), "positions": sum(sizes)}
     for _ in range(repeats):
         for name, measured in seconds.items():
             begin = time.process_time()
-            decode_one_way(backbone, batch, WAYS[name])
+            decode(backbone, s, batch, **ways[name])
             measured.append((time.process_time() - begin) / 128)
     for name, measured in seconds.items():
         rows[name]["seconds_per_token"] = statistics.median(measured)
@@ -649,14 +629,12 @@ def works_of(case, length, new_tokens):
         "forward pass": lambda seed: run_forward(backbone.eval(), s, first),
         "prompt adaptation": lambda seed: memdlm.adapt(
             backbone.eval(), s, first.x0, first.valid, first.seeds),
-        f"decoding {new_tokens} tokens": lambda seed: run_decoder(backbone.eval(), s, to_decode),
+        f"decoding {new_tokens} tokens": lambda seed: decode(backbone.eval(), s, to_decode),
     }
-    try:
-        check_cache(backbone)
-        works[f"decoding {new_tokens} with a cache"] = lambda seed: decode_one_way(
-            backbone.eval(), to_decode, WAYS["cache"])
-    except ValueError:
-        pass  # this model always has a cache of its own, or can have none
+    ways = ways_of(backbone)
+    if "cache" in ways:  # a model may always have a cache of its own, or can have none
+        works[f"decoding {new_tokens} with a cache"] = lambda seed: decode(
+            backbone.eval(), s, to_decode, **ways["cache"])
     return works
 
 

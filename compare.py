@@ -378,9 +378,9 @@ def explain_errors(experiment):
     """How long an experiment's runs were trained, and what its standard errors are over."""
     runs = len(experiment.seeds)
     count = next(iter(experiment.values.values())).shape[1]
+    if runs == count == 1:
+        return f"{experiment.s.steps} steps; 1 seed, a single sample"
     seeds, over = (f"{runs} seeds", "seeds") if runs > 1 else ("1 seed", f"{count} samples")
-    if over == "1 samples":
-        return f"{experiment.s.steps} steps; {seeds}, a single sample"
     return f"{experiment.s.steps} steps; {seeds}, {sign('error')} standard error over {over}"
 
 

@@ -52,8 +52,8 @@ def open_samples(run, model, file, changes, count, new):
         with_data = read_settings(run).model != "toy"
         s, data, opened = open_run(run, with_data=with_data, **changes)
         column = list(data.columns)[len(data.columns) // 2]
-        most = min(count, len(data.pairs["test"])) if data.pairs else count
-        samples = [data.test(column, "decoding", number) for number in range(most)]
+        samples = [data.test(column, "decoding", number)
+                   for number in range(data.count_tests(count))]
     if s.model != "toy":
         samples = [cut_answer(sample, new) for sample in samples]
     return s, opened.backbone, samples
@@ -93,8 +93,8 @@ def count_forwards(backbone, work):
     return sizes
 
 
-def decode(backbone, s, batch, phi, options):
-    """The last canvas [B, L]."""
+def decode(backbone, s, batch, phi=None, **options):
+    """Decode all maskable positions of a batch. Returns the last canvas [B, L]."""
     canvas = batch.x0
     for canvas in backbone.decoder(backbone, s, batch.x0, batch.maskable, batch.valid, batch.seeds,
                                    phi, **options):
@@ -134,7 +134,7 @@ def measure_ways(s, backbone, samples):
     for name, options in ways_of(backbone).items():
         done, begin = [], time.process_time()
         sizes = count_forwards(backbone, lambda: done.extend(
-            decode(backbone, s, batch, phi, options) for batch, phi in zip(batches, phis)))
+            decode(backbone, s, batch, phi, **options) for batch, phi in zip(batches, phis)))
         seconds = time.process_time() - begin
         exact = exact or done  # the first way
         rows[name] = {

@@ -149,8 +149,11 @@ def held_out_questions(tokenizer, codes):
 def held_out_reviews(tokenizer, count, length=None):
     """`count` samples, the responses cut to `length` tokens."""
     records = random.Random("reviews").sample(make_reviews()[1], count)
-    samples = [Sample(prompt, rest[:length], [True] * len(rest[:length]))
-               for prompt, rest in (encode(tokenizer, record) for record in records)]
+    samples = []
+    for record in records:
+        prompt, rest = encode(tokenizer, record)
+        rest = rest[:length]
+        samples.append(Sample(prompt, rest, [True] * len(rest)))
     return samples, [f"review {number}" for number in range(count)]
 
 
@@ -178,9 +181,9 @@ def measure_codes(s, data, model, adapted):
     ways = ways_to_write(s, adapted)
     for codes in CODES:
         samples, names = held_out_questions(data.tokenizer, codes)
-        for way, (inner, source) in ways.items():
-            if way != "alone" and codes != FEW:
-                continue
+        asked = ways if codes == FEW else ["alone"]
+        for way in asked:
+            inner, source = ways[way]
             right = [measure(model, inner, source, batch, "accuracy")
                      for batch in batches_of(samples, names)]
             out[f"codes {codes} {way}"] = torch.cat(right).mean().item()
@@ -252,7 +255,7 @@ def run_pretrained(seeds=SEEDS):
             write_json(path, results)
             if seed != "0":
                 write_text(RESULTS / "pretrained.md", make_page(results))
-                if set(finished(results)) >= set(map(str, SEEDS)):  # no verdict before the end
+                if is_complete(results):  # no verdict before the end
                     write_json(LADDER, make_rows(results))
         print(json.dumps(results[seed], indent=1))
 
@@ -381,10 +384,14 @@ def finished(results):
             if seed != "0" and {"raw", "base", *ARMS} <= set(arms)]
 
 
+def is_complete(results):
+    return set(finished(results)) >= set(map(str, SEEDS))
+
+
 def make_page(results):
     """results: {seed: {arm: measures}}."""
     by_arm, done = turn(results), finished(results)
-    early = "" if len(done) >= len(SEEDS) else " Until the last one no verdict below counts."
+    early = "" if is_complete(results) else " Until the last one no verdict below counts."
     verdicts = judge_claims(by_arm, list(make_claims()))
     return PAGE.format(base_steps=flag_of(BASE, "--steps"), steps=flag_of(RECIPE, "--steps"),
                        way=WAY,

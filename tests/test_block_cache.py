@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import bench
+import decoding
 import generate
 import memdlm
 from backbones.block_cache import BLOCK_LENGTH, BlockCache, places_of
@@ -324,8 +325,8 @@ def test_the_language_of_the_measurement():
     wrong[:, 150:] = (wrong[:, 150:] + 1) % 12
     wrong[:, 155::5] = language.space
     assert language.share_right(wrong, 96) < 0.8
-    assert list(bench.WAYS)[0] == "exact" and not bench.WAYS["exact"]
-    assert len(bench.WAYS) == 8 and bench.WAYS["cache, .7"]["threshold"] == 0.7
+    assert list(decoding.WAYS)[0] == "exact" and not decoding.WAYS["exact"]
+    assert len(decoding.WAYS) == 8 and decoding.WAYS["cache, .7"]["threshold"] == 0.7
 
 
 @pytest.mark.slow
