@@ -11,6 +11,7 @@
     python bench.py --model llada-moe --random  on a GPU: a real model's shape in 4-bit, made one
                                                 layer at a time, without a download
     python bench.py --model llada2.1-mini --random --optimizer adamw8bit --lora-dtype bfloat16
+    python bench.py --model qwen3-0.6b --random --device cpu    on a CPU, if you mean it
 
 What is compared runs in one process, in turns, and the medians are shown. On a shared machine only
 their ratios mean something. The counts of floating-point operations are exact and the same on every
@@ -48,7 +49,7 @@ from backbones.plan import empty_network, lora_sizes, memory_plan, plan_text
 from decoding import count_forwards, decode, measure_model, table_of, ways_of
 from files import nearest, write_json
 from memdlm import Batch, MemDLM
-from runs import build, pick_device
+from runs import build, peak_memory, pick_device
 from settings import (
     CHANGEABLE, Parser, REAL, Settings, add_flags, enough_memory, file_to_write, names_of,
     one_line, settings_from_flags,
@@ -589,10 +590,11 @@ def measure_real(name, s, length, repeats, tiny, new_tokens, room=None):
     A row is printed when it is measured. What does not fit in memory is said, and the rest goes on.
     room: bytes that the GPU's memory is capped to.
     """
-    plan = memory_plan(translate(real_shape(name, tiny)), s, length)
-    print(plan_text(plan, room))
+    device = pick_device(s)
+    plan = memory_plan(translate(real_shape(name, tiny)), s, length, device)
+    print(plan_text(plan, room, device))
     planned = sum(size for _, size in plan)
-    clock, cases = Clock(torch.device(pick_device(s))), []
+    clock, cases = Clock(torch.device(device)), []
     result = {"planned": dict(plan), "planned_total": planned}
     result["load"] = clock(lambda: cases.append(real_case(name, s, length, tiny)))
     works = works_of(cases[0], length, new_tokens)
@@ -608,6 +610,9 @@ def measure_real(name, s, length, repeats, tiny, new_tokens, room=None):
         print(f"{'MemDLM / plain step':30} {seconds / plain:8.2f}")
         if peak:
             print(f"{'MemDLM step, peak / planned':30} {peak / planned:8.2f}")
+    if device == "cpu":
+        result["process_peak"] = peak_memory()
+        print(f"{'peak of the process':30} {result['process_peak'] / 1024:8.2f} GiB")
     return result
 
 
@@ -825,11 +830,11 @@ def measure_as_told(arguments, given):
     if given.get("load_4bit", True) and not given.get("lora", True):
         raise ValueError("4-bit weights cannot be trained themselves: add --no-load-4bit to "
                          "--no-lora")
-    if not arguments.tiny and not torch.cuda.is_available():
-        raise ValueError("the shapes of real models need a GPU; on a CPU use --tiny, or no "
-                         "--model at all")
     defaults = {"batch": REAL["batch"], "load_4bit": True}
     s = Settings(**{**defaults, **given, "model": arguments.model})
+    if not arguments.tiny and s.device == "auto" and not torch.cuda.is_available():
+        raise ValueError("the shapes of real models need a GPU; on a CPU use --tiny, or say "
+                         "--device cpu if you mean it")
     if s.threads:
         torch.set_num_threads(s.threads)
     if arguments.experts:

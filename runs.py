@@ -144,6 +144,13 @@ def plan_memory(config, s, device, room=None):
     return plan_text(memory_plan(config, s, s.max_length, kind), room, kind)
 
 
+def peak_memory():
+    """The most memory that this process has had, in MiB."""
+    import resource  # not on every system
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
 # ---- Folder -> model ----------------------------------------------------------------------------
 
 def open_run(folder, with_data=True, **changes):

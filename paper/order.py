@@ -28,8 +28,6 @@ Changed since: the lever "full, eta 3" was added when "eta 1" had been measured,
 from __future__ import annotations
 
 import random
-import resource
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -44,7 +42,7 @@ from data import Sample, collate
 from files import read_json, write_json, write_text
 from memdlm import MemDLM
 from paper.runs import worker_pool
-from runs import load_checkpoint, save_checkpoint
+from runs import load_checkpoint, peak_memory, save_checkpoint
 from settings import Settings
 from toy.model import ToyConfig, ToyDLM
 from toy.tasks import WORDS
@@ -185,12 +183,6 @@ def train_setting(s, folder):
             write_json(folder / "costs.json", costs)
             save_checkpoint(folder, model, optimizer, step + 1)
     return Trained(model, s.steps, *costs[str(s.steps)])
-
-
-def peak_memory():
-    """The most memory that this process has had, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 @torch.no_grad()

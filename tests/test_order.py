@@ -17,6 +17,7 @@ from runs import read_settings
 from settings import Settings, control_settings, settings_from_flags
 from test_memdlm import Stack, make_batch, make_settings, make_toy
 from test_train import SMALL, read_metrics
+from toy.model import rotary
 
 
 class TwoLogits(Stack):
@@ -63,13 +64,17 @@ def test_the_gradient_through_one_step_by_hand(order):
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    """phi and all losses in float64."""
+    """phi, all losses and the kept angles of positions in float64."""
     draw = memdlm.fresh_phi
 
     def wide_phi(*arguments):
         return {name: tuple(w.double() for w in pair) for name, pair in draw(*arguments).items()}
     monkeypatch.setattr(memdlm, "fresh_phi", wide_phi)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    rotary.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
+    rotary.cache_clear()  # other tests draw theirs anew
 
 
 KINDS = [
