@@ -847,13 +847,25 @@ def measure_as_told(arguments, given):
     return {"model": arguments.model, "tiny": arguments.tiny, "length": arguments.length, **result}
 
 
+def check_flags(arguments):
+    """ValueError where flags mean nothing, or nothing together."""
+    sizes = arguments.repeats, arguments.length, arguments.new_tokens, arguments.samples
+    if min(sizes) < 1:
+        raise ValueError("--repeats, --length, --new-tokens and --samples must be at least 1")
+    asked = [f"--{name}" for name in ("decoding", "scale", "profile") if getattr(arguments, name)]
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} are different measurements; give one of them")
+    idle = [f"--{name}" for name in ("model", "run", "data", "json") if getattr(arguments, name)]
+    if arguments.scale and idle:
+        raise ValueError(f"--scale counts the paper's models and prints; {idle[0]} means nothing "
+                         "with it")
+
+
 def main():
     arguments = make_parser().parse_args()
     given = {name: value for name, value in vars(arguments).items() if name in FLAGS}
     with one_line(), enough_memory():
-        sizes = arguments.repeats, arguments.length, arguments.new_tokens, arguments.samples
-        if min(sizes) < 1:
-            raise ValueError("--repeats, --length, --new-tokens and --samples must be at least 1")
+        check_flags(arguments)
         if arguments.scale:
             return print_scale()
         result = measure_as_told(arguments, given)

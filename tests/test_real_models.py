@@ -324,6 +324,8 @@ def test_bench_measures_and_counts(cli, tmp_path, monkeypatch):
     code, out, _ = cli(bench, "--scale")
     assert code == 0 and out.count("llada-moe") == 4 and "1.24 GB" in out
     assert "at least 1" in refused(cli(bench, "--repeats", "0"))
+    assert "give one of them" in refused(cli(bench, "--scale", "--decoding"))
+    assert "--json means nothing" in refused(cli(bench, "--scale", "--json", "s.json"))
 
 
 def test_the_middle_sized_steps_cost_what_they_may():
