@@ -684,13 +684,14 @@ def load_random(raw, s, device):
 
 SCALE = """\
 These numbers are counted, not measured. TF: 10^12 operations; seconds are those of a card that
-delivers 100 of them a second. Each is for one micro-batch of one sample, with 4-bit
-weights and a LoRA of rank 32 on all linear layers. Three quarters of the sample are response.
+delivers 100 of them a second. Each is for one micro-batch of one sample, with 4-bit weights
+(Qwen3's are in bfloat16) and a LoRA of rank 32 on all linear layers. Three quarters of the sample
+are response.
 A step of the published run is 32 micro-batches: multiply by 32, and divide by the number of GPUs.
 A card delivers only a part of its peak, often 20 to 50 % in bfloat16 products with 4-bit weights:
 divide the TFLOP by what yours delivers.
 Each GPU computes its own samples, phi included. Once per step they exchange the gradients of the
-LoRA: {lora} for the two models, in float32. A step of 32 micro-batches
+LoRA: {lora} for the two large models, in float32. A step of 32 micro-batches
 hides that if the link moves it in less than a second."""
 
 
@@ -728,12 +729,13 @@ def step_flops(c, s, length):
 
 def scale_table():
     """A MemDLM step on real models by the rules above, and its memory, at growing lengths."""
+    four_bit, eight_bit = dict(load_4bit=True), dict(optimizer="adamw8bit", lora_dtype="bfloat16")
     out = [("model", "tokens", "plain TF", "MemDLM TF", "ratio", "s, 100 TF/s",
             "GiB", "24 GB", "80 GB")]
-    eight_bit = dict(optimizer="adamw8bit", lora_dtype="bfloat16")
-    for name, options in (("llada-moe", {}), ("llada2.1-mini", eight_bit)):
+    for name, options in (("qwen3-0.6b", {}), ("llada-moe", four_bit),
+                          ("llada2.1-mini", four_bit | eight_bit)):
         c = translate(PUBLISHED[name])
-        s = Settings(model=name, batch=1, load_4bit=True, **options)
+        s = Settings(model=name, batch=1, **options)
         for length in (4096, 8192, 16384, 32768):
             plain, inner = step_flops(c, s, length)
             whole, memory = plain + inner, sum(size for _, size in memory_plan(c, s, length))

@@ -14,6 +14,7 @@ from backbones.checkpoint import load_backbone
 from backbones.families import PUBLISHED, TINY, translate
 from backbones.lora import add_lora, lora_weights
 from backbones.plan import answer_plan, kept_per_token, memory_plan, optimizer_bytes
+from bench import scale_table
 from settings import Settings
 from tiny_models import EACH
 
@@ -238,6 +239,9 @@ def test_the_pages_say_what_the_plan_says():
     ladder = (room / "README.md").read_text()
     assert f"LLaDA-MoE-7B-A1B in 4 bits, 4,096 tokens | {said[0]} GiB |" in ladder
     assert f"LLaDA2.1-mini (16B) in 4 bits, 4,096 tokens | {said[2]} GiB |" in ladder
+    for row in scale_table()[1::4]:  # each model's first length, a micro-batch; a step has 32
+        work, memory = float(row[3]) * 32, row[6]
+        assert f"4,096 tokens | {memory} GiB | {round(work, -1):,.0f} TFLOP a step |" in ladder
 
 
 def test_a_plan_for_a_cpu_counts_in_the_files_precision():
