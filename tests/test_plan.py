@@ -228,8 +228,8 @@ EIGHT_BIT = dict(optimizer="adamw8bit", lora_dtype="bfloat16")
 def test_the_pages_say_what_the_plan_says():
     """The memory of real models at 4,096 tokens, in README.md and in results/README.md."""
     room = Path(__file__).parent.parent
-    together = next(line for line in (room / "results" / "README.md").read_text().splitlines()
-                    if line.startswith("| **together** |"))
+    page = (room / "results" / "README.md").read_text()
+    together = next(line for line in page.splitlines() if line.startswith("| **together** |"))
     said = [float(cell.strip(" *")) for cell in together.split("|")[2:6]]
     planned = [total(memory_plan(translate(PUBLISHED[name]), Settings(
         model=name, load_4bit=True, batch=1, **more), 4096)) / 2**30
@@ -239,7 +239,10 @@ def test_the_pages_say_what_the_plan_says():
     ladder = (room / "README.md").read_text()
     assert f"LLaDA-MoE-7B-A1B in 4 bits, 4,096 tokens | {said[0]} GiB |" in ladder
     assert f"LLaDA2.1-mini (16B) in 4 bits, 4,096 tokens | {said[2]} GiB |" in ladder
-    for row in scale_table()[1::4]:  # each model's first length, a micro-batch; a step has 32
+    table = scale_table()[1:]
+    for row in table:
+        assert f"\n| {' | '.join(row)} |\n" in page
+    for row in table[::4]:  # each model's first length, a micro-batch; a step has 32
         work, memory = float(row[3]) * 32, row[6]
         assert f"4,096 tokens | {memory} GiB | {round(work, -1):,.0f} TFLOP a step |" in ladder
 
