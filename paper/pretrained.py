@@ -262,22 +262,33 @@ def run_pretrained(seeds=SEEDS):
 
 def make_and_measure(name, seed, reviews):
     """Train a model, if it is one to train, and measure it."""
-    folder, base = RUNS / seed / name.replace(",", "").replace(" ", "-"), RUNS / seed / "weights"
     if name == "raw":
         s, data, model = open_model(None, "smollm2", dict(
             attention="causal", shift=True, device="cpu", dtype="float32", threads=1))
         return measure_all(s, data, model, False)
+    base, seconds = make_base(seed)
     if name == "base":
-        records = write_records(RUNS / seed / "base.jsonl", make_base_records(seed))
-        seconds = train_run(folder, [*BASE, "--seed", seed, "--data", str(records)])
-        if not (base / "config.json").exists():
-            export(folder, base)
         s, data, model = open_model(None, str(base), dict(device="cpu", dtype="float32", threads=1))
         return {"seconds": seconds} | measure_all(s, data, model, True)
+    folder = RUNS / seed / name.replace(",", "").replace(" ", "-")
     seconds = train_run(folder, [*RECIPE, *ARMS[name], "--model", str(base), "--seed", seed,
                                  "--data", str(reviews)])
     s, data, model = open_run(folder, with_data=False)
     return {"seconds": seconds} | measure_all(s, data, model, name in ADAPTED)
+
+
+def make_base(seed):
+    """Convert a base, if it is not there. Returns the folder of its weights, and CPU seconds.
+
+    It may be gone though its numbers are stored: in a fresh clone. The same seed makes it again.
+    """
+    folder, weights = RUNS / seed / "base", RUNS / seed / "weights"
+    if (weights / "config.json").exists():
+        return weights, round(float((folder / "cpu_seconds").read_text()))
+    records = write_records(RUNS / seed / "base.jsonl", make_base_records(seed))
+    seconds = train_run(folder, [*BASE, "--seed", seed, "--data", str(records)])
+    export(folder, weights)
+    return weights, seconds
 
 
 def write_records(path, records):

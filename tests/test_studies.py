@@ -5,6 +5,7 @@ sums by hand.
 """
 import json
 import random
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import memdlm
 from backbones.families import PUBLISHED, translate
 from compare import measure
 from data import collate
-from paper import baselines, ladder, lora_rows, runs, variants
+from paper import baselines, ladder, lora_rows, pretrained, runs, variants
 from paper.claims import judge_rows
 from paper.measures import (
     attention_of, find_needles, measure_retrieval, summarise_attention,
@@ -224,6 +225,53 @@ def test_a_task_decoded_apart_is_decoded_as_among_others(toy):
 
 TOY_CLAIM = {"place": "Table 1", "claim": "it helps", "expect": "more",
              "differences": [0.1, 0.11, 0.12], "family": "x"}
+
+
+def test_the_pretrained_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """In a fresh clone, too: numbers are stored, and weights that arms need are made again."""
+    done, measured = [], []
+
+    def train_run(folder, flags):
+        if "--model" in flags and flags[flags.index("--model") + 1].startswith("runs"):
+            assert (tmp_path / flags[flags.index("--model") + 1] / "config.json").exists()
+        folder.mkdir(parents=True)
+        (folder / "cpu_seconds").write_text("60")
+        done.append(f"{folder.parent.name} {folder.name}")
+        return 60
+
+    def write_config(folder, out):
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+
+    def measure_all(s, data, model, adapted):
+        measured.append(adapted)
+        return {"nats 0.5 alone": 6.0 + len(measured) / 100, "codes alone": 0.5}
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    for name, fake in dict(train_run=train_run, export=write_config, measure_all=measure_all,
+                           make_reviews=lambda: ([], []), make_base_records=lambda seed: [],
+                           question_records=lambda codes, count: [],
+                           open_model=lambda *rest: (None, None, None), LADDER=tmp_path / "rows",
+                           open_run=lambda *rest, **more: (None, None, None)).items():
+        monkeypatch.setattr(pretrained, name, fake)
+    pretrained.run_pretrained(("1", "2", "3", "4"))
+    assert len(done) == 4 * (1 + len(pretrained.ARMS)) and sum(measured) == 4 * 4
+    assert len(measured) == len(done) + 1  # the weights as they came are measured once
+    page = tmp_path / "results" / "pretrained.md"
+    assert "no verdict below counts" in page.read_text() and not (tmp_path / "rows").exists()
+
+    stored = json.loads((tmp_path / "results" / "pretrained.json").read_text())
+    del stored["4"]["memdlm, shared"]
+    (tmp_path / "results" / "pretrained.json").write_text(json.dumps(stored))
+    shutil.rmtree(tmp_path / "runs")
+    done.clear(), measured.clear()
+    pretrained.run_pretrained()
+    assert done[:3] == ["4 base", "4 memdlm-shared", "5 base"] and measured[0]
+    assert len(measured) == 2 + len(pretrained.ARMS)
+    assert "5 of 5" in page.read_text() and "no verdict" not in page.read_text()
+    rows = json.loads((tmp_path / "rows").read_text())
+    assert all(len(row["differences"]) == 5 for row in rows if "held-out" in row["claim"])
 
 
 def test_rows_of_a_pretrained_base_are_data(tmp_path):
