@@ -611,8 +611,8 @@ def measure_real(name, s, length, repeats, tiny, new_tokens, room=None):
         if peak:
             print(f"{'MemDLM step, peak / planned':30} {peak / planned:8.2f}")
     if device == "cpu":
-        result["process_peak"] = peak_memory()
-        print(f"{'peak of the process':30} {result['process_peak'] / 1024:8.2f} GiB")
+        result["process_peak"] = peak_memory() * 2**20  # bytes, like all sizes here
+        print(f"{'peak of the process':30} {result['process_peak'] / 2**30:8.2f} GiB")
     return result
 
 
@@ -859,7 +859,7 @@ def check_flags(arguments):
         raise ValueError(f"{' and '.join(asked)} are different measurements; give one of them")
     idle = [f"--{name}" for name in ("model", "run", "data", "json") if getattr(arguments, name)]
     if arguments.scale and idle:
-        raise ValueError(f"--scale counts the paper's models and prints; {idle[0]} means nothing "
+        raise ValueError(f"--scale counts three known models and prints; {idle[0]} means nothing "
                          "with it")
 
 

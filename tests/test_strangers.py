@@ -140,7 +140,7 @@ def test_fuzz(tmp_path, name):
 def test_fuzz_for_longer(tmp_path, name):
     run, share = fuzz.FUZZERS[name]
     log = fuzz.Log()
-    run(int(1000 * share), 2, tmp_path, log)
+    run(int(2000 * share), 2, tmp_path, log)
     assert log.longest < 20, log.report()
 
 
