@@ -1,7 +1,6 @@
 """Measure speed and memory, and count the work beside the seconds.
 
-    python bench.py                             on a CPU: the toy, and LLaDA-MoE and LLaDA2.x in a
-                                                middle size, with random weights
+    python bench.py                             on a CPU: the toy, and two models of a middle size
     python bench.py --quick                     the same with fewer cases
     python bench.py --decoding                  what a block cache and thresholds save and change
     python bench.py --decoding --run RUN        in your run; or --model FOLDER --data FILE
@@ -765,19 +764,16 @@ def make_parser():
                      "--tiny", "--memory-cap", "--json"], description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="without --model: fewer cases")
-    add("--decoding", action="store_true",
-        help="decode with a block cache and thresholds, measure speed and answers, and stop")
-    add("--scale", action="store_true",
-        help="count the work and memory of real models at growing lengths, and stop")
-    add("--profile", action="store_true",
-        help="what a step of --model or of a middle size spends its time on, and stop")
+    add("--decoding", action="store_true", help="what a cache and thresholds do to decoding")
+    add("--scale", action="store_true", help="the work and memory of real models")
+    add("--profile", action="store_true", help="what a step spends its time on")
     add("--run", metavar="FOLDER", help="with --decoding: the run that decodes")
     add("--data", metavar="FILE", help="with --decoding --model: prompts and responses")
     add("--samples", type=int, default=8, help="with --decoding: answers [default 8]")
     add("--model", metavar="NAME",
         help=f"a real model's shape, on a GPU: {', '.join(PUBLISHED)}")
     add("--random", action="store_true",
-        help="random weights of the published shape (the only kind there is yet)")
+        help="random weights (the only kind there is yet)")
     add("--tiny", action="store_true", help="tiny shapes, for a CPU")
     add("--memory-cap", type=float, metavar="GIB",
         help="with --model, on a GPU: use so much of its memory at most, as on a smaller one")
