@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import memdlm
 from compare import list_rows, measure
 from runs import (
     TRAINED_TOY, build, open_model, open_run, read_checkpoint, read_settings, save_checkpoint,
@@ -68,6 +69,33 @@ def test_the_forward_pass_against_loops():
     logits = model.head(model.blocks(model.embed(ids), valid, 0, None))[0, :5]
     want = plain_forward(model, [3, 7, 3, 19, 4])
     torch.testing.assert_close(logits.double(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("phi_of", ["nothing", "all", "each"])
+def test_what_is_read_is_as_if_everything_were_computed(phi_of):
+    """The last feed-forward runs where it is read: values and all gradients are the same."""
+    model = ToyDLM(ToyConfig(30, 1, width=16, layers=2, heads=2))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, 30, (3, 9), generator=generator)
+    valid = torch.arange(9) < torch.tensor([[9], [6], [7]])
+    need = valid & (torch.rand(3, 9, generator=generator) < 0.4)
+    need[1] = False
+    need[2, 3:] = False
+    assert need.sum(1).tolist() == [4, 0, 1]
+    s = Settings(rank=3, alpha=6.0)
+    seeds = {"nothing": [], "all": ["a"], "each": ["a", "b", "c"]}[phi_of]
+    phi = memdlm.fresh_phi(model, s, seeds) if seeds else {}
+    phi = {name: tuple((w + 0.1).requires_grad_() for w in pair) for name, pair in phi.items()}
+    leaves = [*model.parameters(), *(w for pair in phi.values() for w in pair)]
+    seen, out = [], []
+    model.layers[-1].mlp.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape[:2]))
+    for rows in (None, need):
+        h = memdlm.lower_layers(model, s, ids, valid)
+        h = memdlm.upper_layers(model, s, h, valid, phi, rows)[need]
+        out.append([h, *torch.autograd.grad(model.head(h).square().sum(), leaves)])
+    assert seen == [(3, 9), (3, 4)]
+    for all_, few in zip(*out):
+        torch.testing.assert_close(few, all_, rtol=1e-4, atol=1e-5)
 
 
 def test_initial_weights_come_from_the_seed_alone():
