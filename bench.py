@@ -694,35 +694,40 @@ LoRA: {lora} for the two large models, in float32. A step of 32 micro-batches
 hides that if the link moves it in less than a second."""
 
 
-def forward_flops(c, tokens, length):
+def forward_flops(c, tokens, length, read=1.0):
     """FLOPs of `tokens` tokens through one layer, and through the head.
 
     The tokens come in samples of `length`. A weight costs 2 per token, and so does each number in
     attention's two products with every key. A LoRA adds 2 r (in + out) to a matrix, with r = 32.
+    read: the share of the tokens whose result is read, in the last layer. All have keys and values.
     """
+    def product(a, b):
+        return 2 * a * b + 2 * 32 * (a + b)
     D, q, kv = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim
     if len(FAMILIES[c.family].attention) > 2:
-        shapes = [(D, q), (D, kv), (D, kv), (q, D)]
+        for_all, for_read = 2 * product(D, kv), product(D, q) + product(q, D)
     else:  # queries, keys and values in one matrix
-        shapes = [(D, q + 2 * kv), (q, D)]
+        for_all, for_read = product(D, q + 2 * kv), product(q, D)
     feed_forwards = [(c.expert_ffn, c.top_k), (c.shared, 1)] if c.experts else [(c.ffn, 1)]
-    attention = sum(2 * a * b + 2 * 32 * (a + b) for a, b in shapes) + 4 * length * q
-    routed = sum(count * 3 * (2 * D * inner + 2 * 32 * (D + inner))
-                 for inner, count in feed_forwards if inner) + 2 * D * c.experts
-    return tokens * (attention + routed), tokens * 2 * D * c.vocab_size
+    for_read += 4 * length * q + 2 * D * c.experts
+    for_read += sum(count * 3 * product(D, inner) for inner, count in feed_forwards if inner)
+    return tokens * (for_all + read * for_read), tokens * 2 * D * c.vocab_size
 
 
 def step_flops(c, s, length):
     """FLOPs of a plain step on one sample, and of the inner loop that a MemDLM step adds to it."""
-    first = memdlm.first_fast_layer(c.layers, s.layer_fraction)
+    first, last = memdlm.first_fast_layer(c.layers, s.layer_fraction), c.layers - 1
     layer, head = forward_flops(c, length, length)
-    masked = head * 0.75 * 0.5  # three quarters are response, and half of it is masked on average
+    # Three quarters are response, and half of it is masked on average. The pre-anchor has 1.25
+    # times the masks.
+    top, top_before = (forward_flops(c, length, length, read)[0] + read * head
+                       for read in (0.75 * 0.5, 0.75 * 0.5 * 1.25))
     # The weights are frozen, so a backward pass costs one more forward pass, for the gradient of
     # the input. Checkpointing computes the layers below phi a second time.
-    plain = (c.layers + first) * layer + masked + c.layers * layer + masked
-    # Stage 1 also computes the lower layers of the pre-anchor, which has 1.25 times the masks. Both
-    # stages run the upper layers and the head forward and backward.
-    inner = first * layer + 2 * (2 * (c.layers - first) * layer) + 2 * masked * (1.25 + 1)
+    plain = (2 * last + first) * layer + 2 * top
+    # Stage 1 also computes the lower layers of the pre-anchor. Both stages run the upper layers and
+    # the head forward and backward.
+    inner = first * layer + 2 * (2 * (last - first) * layer + top + top_before)
     return plain, inner
 
 

@@ -212,7 +212,7 @@ class Backbone(nn.Module):
 
 
 def rows_needed(need, h):
-    """Positions [B, L] of a CPU mask -> the numbers [B, M] of their rows in [B * L, D], or None.
+    """A mask [B, L] on the CPU -> its positions [B, M] where h is, or None for all.
 
     M is the most that a sample needs. A sample that needs fewer gets some others of its positions,
     which nobody will read.
@@ -220,8 +220,7 @@ def rows_needed(need, h):
     if need is None or (torch.is_grad_enabled() and not need.any()):
         return None  # with gradients, all weights must take part
     first = need.byte().argsort(dim=1, descending=True, stable=True)[:, :int(need.sum(1).max())]
-    rows = first + torch.arange(len(need))[:, None] * need.shape[1]
-    return memdlm.to_device(rows, h)
+    return memdlm.to_device(first, h)
 
 
 class RowGradients(torch.autograd.Function):

@@ -34,8 +34,7 @@ class Context(NamedTuple):
     mask: torch.Tensor | None  # bool, broadcast to [B, heads, L, keys]: where a query may look;
     #                            None: everywhere
     past: Past | None          # keys and values of what stands before
-    need: torch.Tensor | None  # [B, M] long: where the feed-forward's result is read, as numbers
-    #                            of rows of [B * L, D]; None: everywhere
+    need: torch.Tensor | None  # [B, M] long: positions where the result is read; None: all
     fullest: dict              # what Experts.forward notes for when it is computed again
 
 
@@ -115,15 +114,26 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, context, layer):
-    """Attention of q on k and v, each [B, L, heads, dim], normalised -> [B, L, heads * dim]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, L, dim]
-    q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+    """Attention of q [B, M, heads, dim] on k and v [B, L, heads, dim] -> [B, M, heads * dim].
+
+    q and k are normalised. The queries are those of the positions context.need [B, M], or all.
+    """
+    cos, sin, mask, need = context.cos, context.sin, context.mask, context.need
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, M or L, dim]
+    k = rotate(k, cos, sin)
     if context.past is not None:
         k, v = context.past.extend(layer, k, v)
+    if need is not None:
+        if not need.numel():
+            return None  # a finished block of text: only its keys and values will be read
+        cos, sin = pick_rows(cos, need), pick_rows(sin, need)
+        if mask is not None and mask.shape[-2] > 1:
+            mask = pick_rows(mask, need)
+    q = rotate(q, cos, sin)
     share = q.shape[1] // k.shape[1]
     if share > 1:  # grouped queries: `share` query heads read the same keys
         k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask)  # no mask: the fast path
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # no mask: the fast path
     return out.transpose(1, 2).flatten(2)
 
 
@@ -155,16 +165,31 @@ class Past:
         return [whole[:, :, :end] for whole in self.pairs[layer]]
 
 
-def add_feed_forward(h, norm, need, feed_forward):
-    """h + feed_forward(norm(h)), at all positions or only where it is needed. h [B, L, D]."""
+def pick(x, need):
+    """x at the positions need [B, M], or everywhere. x [B, L, ...] -> [B, M, ...]."""
+    if need is None or not need.numel():
+        return x
+    return x.take_along_dim(need.view(*need.shape, *[1] * (x.dim() - 2)), dim=1)
+
+
+def pick_rows(x, need):
+    """The rows of the positions need [B, M]. x [L, n] or [B, 1, L, n] -> [B, 1, M, n]."""
+    return x[(None,) * (4 - x.dim())].take_along_dim(need[:, None, :, None], dim=2)
+
+
+def add_both(h, need, attended, project, norm, feed_forward):
+    """h + project(attended), then that + feed_forward(norm(that)). h [B, L, D] -> [B, L, D].
+
+    Both are computed only at the positions need [B, M], if these are all that will be read.
+    """
     if need is None:
+        h = h + project(attended)
         return h + feed_forward(norm(h))
     if not need.numel():
-        return h  # a finished block of text: only its keys and values will be read
-    rows = h.flatten(0, 1)
-    some = rows.index_select(0, need.flatten()).view(*need.shape, -1)  # [B, M, D]
-    out = feed_forward(norm(some)).flatten(0, 1)
-    return rows.index_add(0, need.flatten(), out).view_as(h)
+        return h
+    at = need[..., None].expand(-1, -1, h.shape[-1])
+    some = pick(h, need) + project(attended)
+    return h.scatter(1, at, some + feed_forward(norm(some)))
 
 
 class FeedForward(nn.Module):
@@ -212,10 +237,10 @@ class LLaDABlock(nn.Module):
 
     def forward(self, h, context):
         x = self.attn_norm(h)
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))
-                   for project in (self.q_proj, self.k_proj, self.v_proj))
-        h = h + self.attn_out(attend(q, k, v, context, self.layer))
-        return add_feed_forward(h, self.ff_norm, context.need, self.feed_forward)
+        q, k, v = self.q_proj(pick(x, context.need)), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+        return add_both(h, context.need, attend(q, k, v, context, self.layer), self.attn_out,
+                        self.ff_norm, self.feed_forward)
 
     def feed_forward(self, x):
         return self.ff_out(F.silu(self.ff_proj(x)) * self.up_proj(x))
@@ -245,12 +270,12 @@ class LlamaBlock(nn.Module):
 
     def forward(self, h, context):
         x, a = self.input_layernorm(h), self.self_attn
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))
-                   for project in (a.q_proj, a.k_proj, a.v_proj))
+        q, k, v = a.q_proj(pick(x, context.need)), a.k_proj(x), a.v_proj(x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
         if self.head_norms:
             q, k = a.q_norm(q), a.k_norm(k)
-        h = h + a.o_proj(attend(q, k, v, context, self.layer))
-        return add_feed_forward(h, self.post_attention_layernorm, context.need, self.mlp)
+        return add_both(h, context.need, attend(q, k, v, context, self.layer), a.o_proj,
+                        self.post_attention_layernorm, self.mlp)
 
     def matrices(self, scope):
         return find_matrices(self, scope, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
@@ -284,11 +309,11 @@ class LLaDAMoEBlock(nn.Module):
 
     def forward(self, h, context):
         x, a = self.input_layernorm(h), self.self_attn
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))
-                   for project in (a.q_proj, a.k_proj, a.v_proj))
-        h = h + a.o_proj(attend(a.q_norm(q), a.k_norm(k), v, context, self.layer))
-        feed_forward = partial(self.feed_forward, fullest=context.fullest)
-        return add_feed_forward(h, self.post_attention_layernorm, context.need, feed_forward)
+        q, k, v = a.q_proj(pick(x, context.need)), a.k_proj(x), a.v_proj(x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+        attended = attend(a.q_norm(q), a.k_norm(k), v, context, self.layer)
+        return add_both(h, context.need, attended, a.o_proj, self.post_attention_layernorm,
+                        partial(self.feed_forward, fullest=context.fullest))
 
     def feed_forward(self, x, fullest):
         # Softmax over all experts. The weights of the chosen ones are used as they are, so they
@@ -323,12 +348,12 @@ class LLaDA2Block(nn.Module):
         a = self.attention
         heads = a.query_key_value(self.input_layernorm(h)).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        q, k = a.query_layernorm(q), a.key_layernorm(k)
-        h = h + a.dense(attend(q, k, v, context, self.layer))
-        feed_forward = self.mlp
+        q, k = a.query_layernorm(pick(q, context.need)), a.key_layernorm(k)
+        attended, feed_forward = attend(q, k, v, context, self.layer), self.mlp
         if not self.dense:
             feed_forward = partial(self.feed_forward, fullest=context.fullest)
-        return add_feed_forward(h, self.post_attention_layernorm, context.need, feed_forward)
+        return add_both(h, context.need, attended, a.dense, self.post_attention_layernorm,
+                        feed_forward)
 
     def feed_forward(self, x, fullest):
         weights, chosen = self.mlp.gate(x.flatten(0, -2))

@@ -78,8 +78,8 @@ LONGBENCH = ",".join(f"longbench_{task}" for task in (
 # plain step and a MemDLM step. A plain step runs the layers forward, again for checkpointing, and
 # backward, which costs one more forward pass while the weights are frozen. So a forward pass is a
 # third of the step: at 4,096, 8,192, 16,384 and 32,768 tokens.
-PLAIN, WITH_MEMORY = 34.7, 54.8
-FORWARD = {4096: 11.6, 8192: 27.4, 16384: 71.6, 32768: 210.6}
+PLAIN, WITH_MEMORY = 33.9, 52.6
+FORWARD = {4096: 11.3, 8192: 26.7, 16384: 69.8, 32768: 205.3}
 ANSWER = 64  # looks at the whole text per answer, one for each token
 
 

@@ -14,6 +14,7 @@ from backbones.checkpoint import load_backbone
 from backbones.families import PUBLISHED, TINY, translate
 from backbones.lora import lora_weights
 from backbones.tiny import write_tiny
+from data import mark_response
 from settings import Settings
 from tiny_models import (
     all_logits, edit_json, empty_network, library_model, random_batch, random_lora, tiny_backbone,
@@ -282,6 +283,20 @@ def test_the_lower_layers_look_left(attention, left):
     whole = backbone.blocks(backbone.embed(a.x0), a.valid, 0, None)
     half = backbone.blocks(backbone.embed(a.x0), a.valid, 0, 2)
     assert torch.equal(backbone.blocks(half, a.valid, 2, None), whole)
+
+
+@pytest.mark.parametrize("name, attention", [
+    ("smollm2", "full"), ("smollm2", "causal"), ("smollm2", "causal:1"), ("dream-7b", "full"),
+    ("smollm2", "causal-prompt"), ("llada2.1-mini", "block"), ("sdar-1.7b", "block")])
+def test_the_queries_that_are_read_see_what_they_saw_before(name, attention):
+    """Only these ask in the last layer: at their own places, and under their own rows of a mask."""
+    backbone, batch = tiny_backbone(name, attention=attention), random_batch([40, 13])
+    valid = mark_response(batch.valid, torch.tensor([6, 3]))
+    need = torch.zeros_like(valid)
+    need[0, [2, 5, 31, 39]] = need[1, [0, 7]] = True
+    whole, few = (backbone.blocks(backbone.embed(batch.x0), valid, 0, None, rows)[need]
+                  for rows in (None, need))
+    torch.testing.assert_close(few, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_an_attention_that_does_not_exist_is_refused():
