@@ -195,6 +195,13 @@ class FrozenProduct(torch.autograd.Function):
         return product(grad.contiguous(), W.mT, ctx.places), None, None
 
 
+def drop(x, kept, scale):
+    """x times scale where it was kept, zero elsewhere."""
+    if x.is_cpu:
+        return torch.where(kept, x, 0).mul_(scale)
+    return torch.ops.aten.native_dropout_backward(x, kept, scale)
+
+
 class DroppedProduct(torch.autograd.Function):
     """The product of dropout(x) with A.
 
@@ -204,9 +211,13 @@ class DroppedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, A, dropout, places):
-        some, kept = torch.native_dropout(x, dropout, True)
-        ctx.save_for_backward(x, kept, A)
         ctx.places, ctx.scale = places, 1 / (1 - dropout) if dropout < 1 else 0.0
+        if x.is_cpu:  # its own way takes longer
+            kept = torch.rand(x.shape) >= dropout
+            some = drop(x, kept, ctx.scale)
+        else:
+            some, kept = torch.native_dropout(x, dropout, True)
+        ctx.save_for_backward(x, kept, A)
         return product(some, A, places)
 
     @staticmethod
@@ -214,7 +225,6 @@ class DroppedProduct(torch.autograd.Function):
     def backward(ctx, grad):
         x, kept, A = ctx.saved_tensors
         grad, grad_x, grad_A = grad.contiguous(), None, None
-        drop = torch.ops.aten.native_dropout_backward
         if ctx.needs_input_grad[0]:
             grad_x = drop(product(grad, A.mT, ctx.places), kept, ctx.scale)
         if ctx.needs_input_grad[1]:
