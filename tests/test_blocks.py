@@ -211,8 +211,8 @@ def test_dropout_is_off_while_adapting():
 
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_rows_that_are_read_are_as_if_all_were_computed(name_of, per_sample):
-    """The last feed-forward runs on the needed rows alone; values and the gradients of theta and
-    phi are the same."""
+    """The last layer asks and runs its feed-forward there alone; values and the gradients of theta
+    and phi are the same."""
     backbone, batch = tiny_backbone(name_of), random_batch([40, 11, 67])
     backbone.requires_grad_(True)
     s = Settings(rank=4, alpha=8.0, layer_fraction=0.5)
