@@ -1,6 +1,6 @@
 """Train a masked diffusion language model with MemDLM, or the MDLM baseline.
 
-    python train.py                          closed-book memory, in two minutes on a CPU
+    python train.py                          closed-book memory, in a minute on a CPU
     python train.py --data languages         the method as published, with the controls it needs
     python train.py --data python            real text: the source of Python's own library
     python train.py --data my.jsonl          your own {"prompt": ..., "response": ...} lines
