@@ -177,7 +177,8 @@ def test_the_plan_by_hand():
 def test_the_plan_is_the_peak_of_a_step(name, padded, lora_dtype, monkeypatch):
     """What a MemDLM step takes and gives back, counted by PyTorch's profiler. 512 tokens.
 
-    Above the plan by 5 % at most. Below it by more where padding is less than it may be.
+    Above the plan by 5 % at most. Below it by more where padding is less than it may be, and by
+    what the last layer saves where few tokens are read.
     """
     monkeypatch.setattr(experts, "pads", lambda x: padded)
     raw = PUBLISHED[name] | dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
@@ -202,7 +203,7 @@ def test_the_plan_is_the_peak_of_a_step(name, padded, lora_dtype, monkeypatch):
     peak = max(itertools.accumulate(event.nbytes() for event in events))
     parts = memory_plan(backbone.config, s, 512, "cuda" if padded else "cpu")
     planned = total(parts[4:-1])  # without weights, LoRA, gradients, optimiser and the allowance
-    assert (0.5 if padded else 0.75) * planned < peak < 1.05 * planned, peak / planned
+    assert (0.5 if padded else 0.7) * planned < peak < 1.05 * planned, peak / planned
 
 
 def total(parts):
