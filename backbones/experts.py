@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 FEW_ROWS = 1 << 14  # so many rows may be padded, however uneven the router is
+CPU_ROWS = 32       # in bfloat16, a CPU wants the rows of an expert in multiples of this
 
 
 # ---- Where the tokens go ------------------------------------------------------------------------
@@ -31,7 +32,7 @@ class Places(NamedTuple):
     most: int | None                 # rows of each expert and sample, if padded
 
 
-def sort_tokens(chosen, samples, experts, padded, most=None):
+def sort_tokens(chosen, samples, experts, padded, most=None, unit=1):
     """chosen [tokens, k]: the experts of each token; the same number of tokens for each sample.
 
     For example one sample, k = 2; token 0 goes to experts 5 and 1, token 1 to experts 1 and 7:
@@ -45,6 +46,7 @@ def sort_tokens(chosen, samples, experts, padded, most=None):
     Rows that are left hold token 0 and are never read. The host waits for the device to read
     `most`, unless it is given. Where padding would more than double many rows there is none: memory
     has a bound, however uneven the router is.
+    unit: otherwise the rows of each expert and sample are a multiple of this, the last ones unread.
     """
     n, k = chosen.shape
     sample = torch.arange(samples, device=chosen.device).repeat_interleave(n // samples)
@@ -57,16 +59,28 @@ def sort_tokens(chosen, samples, experts, padded, most=None):
     if padded:
         most = int(sizes.max()) if most is None else most
         padded = experts * samples * most <= most_rows(n * k)
-    if not padded:
+    if not padded and unit == 1:
         rows = torch.empty_like(order).scatter_(0, order, numbers)
-        ends = ends.int()
-        return Places(order // k, rows, ends[samples - 1::samples].contiguous(), ends, samples,
-                      None)
-    group = group[order]
-    row = group * most + numbers - (ends - sizes)[group]
+        return Places(order // k, rows, *ends_of(ends, samples), samples, None)
+    begins, group = ends - sizes, group[order]
+    if padded:
+        starts, count = torch.arange(len(sizes), device=chosen.device) * most, len(sizes) * most
+    else:
+        sizes = -(-sizes // unit) * unit
+        ends = sizes.cumsum(0)
+        starts, count = ends - sizes, int(ends[-1])
+    row = numbers + (starts - begins)[group]
     rows = torch.empty_like(order).scatter_(0, order, row)
-    tokens = order.new_zeros(experts * samples * most).scatter_(0, row, order // k)
-    return Places(tokens, rows, None, None, samples, most)
+    tokens = order.new_zeros(count).scatter_(0, row, order // k)
+    if padded:
+        return Places(tokens, rows, None, None, samples, most)
+    return Places(tokens, rows, *ends_of(ends, samples), samples, None)
+
+
+def ends_of(ends, samples):
+    """Where the rows end, of each expert and of each expert and sample. ends [E * B] -> int32."""
+    ends = ends.int()
+    return ends[samples - 1::samples].contiguous(), ends
 
 
 def most_rows(rows):
@@ -108,6 +122,16 @@ def pads(x):
     if not x.is_cuda:
         return x.dtype == torch.float64
     return x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (9, 0)
+
+
+def row_unit(x, chosen, experts):
+    """What the rows of an expert and a sample should be a multiple of; see `sort_tokens`.
+
+    In bfloat16 a CPU prepares a product anew for each number of rows, which takes longer than the
+    product itself. Where each expert has few rows, more of them would cost more than that saves.
+    """
+    many = chosen.numel() >= 4 * CPU_ROWS * experts * len(x)
+    return CPU_ROWS if x.is_cpu and x.dtype == torch.bfloat16 and many else 1
 
 
 # ---- The stacks ---------------------------------------------------------------------------------
@@ -248,7 +272,7 @@ class Experts(nn.Module):
         precision.
         """
         count, known = self.gate_proj.experts, fullest.get(self)
-        places = sort_tokens(chosen, len(x), count, pads(x), known)
+        places = sort_tokens(chosen, len(x), count, pads(x), known, row_unit(x, chosen, count))
         fullest[self] = places.most
         rows = x.flatten(0, 1).index_select(0, places.tokens)
         inner = F.silu(self.gate_proj(rows, places)) * self.up_proj(rows, places)

@@ -24,18 +24,28 @@ def test_tokens_are_sorted_as_in_the_picture():
     padded = sort_tokens(chosen, 1, 8, padded=True)  # expert 1 has the most, two tokens
     assert padded.tokens.tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]
     assert padded.rows.tolist() == [10, 2, 3, 14] and padded.ends is None
+    pairs = sort_tokens(chosen, 1, 8, padded=False, unit=2)
+    assert pairs.tokens.tolist() == [0, 1, 0, 0, 1, 0] and pairs.rows.tolist() == [2, 0, 1, 4]
+    assert pairs.ends.tolist() == [0, 2, 2, 2, 2, 4, 4, 6]
 
 
-@pytest.mark.parametrize("padded", [False, True])
+def test_a_cpu_has_whole_units_of_rows_in_bfloat16_where_there_are_many():
+    x, chosen = torch.zeros(2, 256, 8, dtype=torch.bfloat16), torch.zeros(512, 4)
+    unit = experts_module.row_unit
+    assert unit(x, chosen, 8) == 32 and unit(x, chosen, 9) == 1 and unit(x.float(), chosen, 8) == 1
+
+
+@pytest.mark.parametrize("padded, unit", [(False, 1), (False, 4), (True, 1)])
 @pytest.mark.parametrize("width, out", [(16, 8), (5, 3)])
-def test_a_product_takes_each_row_through_the_matrix_of_its_expert_and_sample(padded, width, out):
+def test_a_product_takes_each_row_through_the_matrix_of_its_expert_and_sample(padded, unit, width,
+                                                                              out):
     """Three samples of four tokens; experts 0 and 3 are idle. With gradients."""
     generator = torch.Generator().manual_seed(0)
     chosen = torch.tensor([[1, 2], [2, 4], [4, 1], [5, 2]] * 3)
     x = torch.randn(12, width, generator=generator, requires_grad=True)
     W = torch.randn(6, out, width, generator=generator, requires_grad=True)
     own = torch.randn(6 * 3, out, width, generator=generator, requires_grad=True)
-    places = sort_tokens(chosen, 3, 6, padded)
+    places = sort_tokens(chosen, 3, 6, padded, unit=unit)
     for weights in (W, own):
         got = product(x[places.tokens], weights, places)[places.rows].view(12, 2, out)
         which = chosen if weights is W else chosen * 3 + torch.arange(12)[:, None] // 4
@@ -59,19 +69,21 @@ def take_step(backbone, s, batch):
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("load_4bit", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_with_padded_products_is_that_with_sorted_ones(name, load_4bit, per_sample, adapter,
-                                                              monkeypatch):
+def test_a_step_with_more_rows_is_that_with_sorted_ones(name, load_4bit, per_sample, adapter,
+                                                        monkeypatch):
     """Loss, inner losses and every gradient of a step with LoRA and φ. Some experts are idle."""
     backbone = random_lora(tiny_backbone(name, load_4bit=load_4bit))
     s = Settings(per_sample=per_sample, rank=8, alpha=8.0, layer_fraction=0.5, adapter=adapter)
     seen = []
-    for padded in (False, True):
+    for padded, unit in ((False, 1), (True, 1), (False, 4)):
         monkeypatch.setattr(experts_module, "pads", lambda x: padded)
+        monkeypatch.setattr(experts_module, "row_unit", lambda x, chosen, experts: unit)
         seen.append(take_step(backbone, s, random_batch([12, 3, 9], prompt=1)))
-    (loss, inner, grads), (padded_loss, padded_inner, padded_grads) = seen
-    assert abs(loss - padded_loss) < 1e-5 and torch.allclose(inner, padded_inner, atol=1e-5)
-    for key, want in grads.items():
-        assert (padded_grads[key] - want).norm() <= 1e-5 * want.norm() + 1e-8, key
+    loss, inner, grads = seen[0]
+    for other_loss, other_inner, other_grads in seen[1:]:
+        assert abs(loss - other_loss) < 1e-5 and torch.allclose(inner, other_inner, atol=1e-5)
+        for key, want in grads.items():
+            assert (other_grads[key] - want).norm() <= 1e-5 * want.norm() + 1e-8, key
     stacks = [key for key in grads if ".experts." in key]
     assert any((grads[key].flatten(1).norm(dim=1) == 0).any() for key in stacks), "none is idle"
 
