@@ -364,7 +364,7 @@ def draw_recall(results, path):
     plt = pyplot()
     if plt is None:
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2), layout="constrained",
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.6), layout="constrained",
                                          sharey=True)
     for order in ("first", "second"):
         color = color_of(f"{order} order")
@@ -385,6 +385,6 @@ def draw_recall(results, path):
     right.set_xticks((1, 2, 4, 8), (1, 2, 4, 8))
     for axes in (left, right):
         axes.minorticks_off()
-        if axes.lines:
-            axes.legend(fontsize=7)
+    if left.lines:
+        figure.legend(handles=left.lines, loc="outside lower center", ncols=2, fontsize=7)
     save_picture(figure, path)
