@@ -31,13 +31,13 @@ from pathlib import Path
 from console import last_words
 from paper.claims import Claim, judge_claims, look_up
 from paper.report import claims_table, format_mean, to_markdown, write_study
-from paper.runs import LORA, OFF, SIZES, Run, base_recipe, run_parts, tuned_recipe
+from paper.runs import LORA, OFF, SIZES, STEP_COST, Run, base_recipe, run_parts, tuned_recipe
 
 FIRST_SEED = 20
 LAYERS, TIMES = (2, 4, 8), (1, 3, 10)              # of the map: layers, steps of the base
 RATES = (0.35, 0.5, 0.7, 1, 1.4, 2)                # times the learning rate
 MEMORY_RATES = (0.5, 1.4)                          # the same for MemDLM
-COMPUTE, SLOWER = 2.1, (0.35, 0.5, 0.7, 1)         # equal compute: times the steps; rates there
+SLOWER = (0.35, 0.5, 0.7, 1)                       # rates of plain tuning at equal compute
 RANKS = (2, 32)                                    # besides 8
 
 
@@ -87,7 +87,7 @@ def plan_parts(size, layers=2):
 def plan_rates(size):
     """MDLM and MemDLM at other learning rates, and MDLM with the compute of MemDLM."""
     memory, runs = lora_on(size), {}
-    longer = dict(steps=int(COMPUTE * size.tuned))
+    longer = dict(steps=int(STEP_COST["lora"] * size.tuned))
     for rate in RATES:
         change = dict(lr=rate * memory["lr"])
         runs[at_rate("mdlm", rate)] = Run(memory | OFF | change, ("kept",), "plain")

@@ -398,7 +398,7 @@ FRONTIER = {  # what is tuned -> (run, label, name of the colour)
         ("lora mdlm", "MDLM", "MDLM"),
         ("lora mdlm, lr x 0.5", "lr x 0.5", "MDLM"),
         ("lora mdlm, lr x 2", "lr x 2", "MDLM"),
-        ("lora mdlm, same compute", "2.4 x the steps", "MDLM"),
+        ("lora mdlm, same compute", "equal compute", "MDLM"),
         ("lora memdlm", "MemDLM, eta 0.03", "train-only"),
         ("lora memdlm, eta 0.01", "eta 0.01", "train-only")),
 }
