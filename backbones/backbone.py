@@ -212,15 +212,15 @@ class Backbone(nn.Module):
 
 
 def rows_needed(need, h):
-    """A mask [B, L] on the CPU -> its positions [B, M] where h is, or None for all.
+    """A mask [B, L] on the CPU -> the rows [B, M] of h as [B * L, D] that are read, or None: all.
 
     M is the most that a sample needs. A sample that needs fewer gets some others of its positions,
     which nobody will read.
     """
-    if need is None or (torch.is_grad_enabled() and not need.any()):
+    if need is None or need.all() or (torch.is_grad_enabled() and not need.any()):
         return None  # with gradients, all weights must take part
     first = need.byte().argsort(dim=1, descending=True, stable=True)[:, :int(need.sum(1).max())]
-    return memdlm.to_device(first, h)
+    return memdlm.to_device(first + need.shape[1] * torch.arange(len(need))[:, None], h)
 
 
 class RowGradients(torch.autograd.Function):

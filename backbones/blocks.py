@@ -34,7 +34,7 @@ class Context(NamedTuple):
     mask: torch.Tensor | None  # bool, broadcast to [B, heads, L, keys]: where a query may look;
     #                            None: everywhere
     past: Past | None          # keys and values of what stands before
-    need: torch.Tensor | None  # [B, M] long: positions where the result is read; None: all
+    need: torch.Tensor | None  # [B, M] long: rows of h as [B * L, D] that are read; None: all
     fullest: dict              # what Experts.forward notes for when it is computed again
 
 
@@ -116,7 +116,7 @@ def rotate(x, cos, sin):
 def attend(q, k, v, context, layer):
     """Attention of q [B, M, heads, dim] on k and v [B, L, heads, dim] -> [B, M, heads * dim].
 
-    q and k are normalised. The queries are those of the positions context.need [B, M], or all.
+    q and k are normalised. The queries are those of the rows context.need [B, M], or all.
     """
     cos, sin, mask, need = context.cos, context.sin, context.mask, context.need
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, M or L, dim]
@@ -166,30 +166,35 @@ class Past:
 
 
 def pick(x, need):
-    """x at the positions need [B, M], or everywhere. x [B, L, ...] -> [B, M, ...]."""
+    """What is read of x [B, L, ...]: [B, M, ...], the rows need [B, M] of all B * L, or all.
+
+    Row numbers are all that autograd keeps of this. `gather` would keep one for each channel.
+    """
     if need is None or not need.numel():
         return x
-    return x.take_along_dim(need.view(*need.shape, *[1] * (x.dim() - 2)), dim=1)
+    rows = x.flatten(0, 1).index_select(0, need.flatten())
+    return rows.view(*need.shape, *x.shape[2:])
 
 
 def pick_rows(x, need):
-    """The rows of the positions need [B, M]. x [L, n] or [B, 1, L, n] -> [B, 1, M, n]."""
-    return x[(None,) * (4 - x.dim())].take_along_dim(need[:, None, :, None], dim=2)
+    """The same of x [L, n] or [B, 1, L, n] -> [B, 1, M, n], where samples may share one x."""
+    x = x.view(-1, *x.shape[-2:])
+    return pick(x, need if len(x) == len(need) else need % x.shape[1])[:, None]
 
 
 def add_both(h, need, attended, project, norm, feed_forward):
     """h + project(attended), then that + feed_forward(norm(that)). h [B, L, D] -> [B, L, D].
 
-    Both are computed only at the positions need [B, M], if these are all that will be read.
+    Both are computed only in the rows need [B, M], if these are all that will be read.
     """
     if need is None:
         h = h + project(attended)
         return h + feed_forward(norm(h))
     if not need.numel():
         return h
-    at = need[..., None].expand(-1, -1, h.shape[-1])
     some = pick(h, need) + project(attended)
-    return h.scatter(1, at, some + feed_forward(norm(some)))
+    some = (some + feed_forward(norm(some))).flatten(0, 1)
+    return h.flatten(0, 1).index_put((need.flatten(),), some).view_as(h)
 
 
 class FeedForward(nn.Module):

@@ -128,10 +128,15 @@ def row_unit(x, chosen, experts):
     """What the rows of an expert and a sample should be a multiple of; see `sort_tokens`.
 
     In bfloat16 a CPU prepares a product anew for each number of rows, which takes longer than the
-    product itself. Where each expert has few rows, more of them would cost more than that saves.
+    product itself.
     """
-    many = chosen.numel() >= 4 * CPU_ROWS * experts * len(x)
-    return CPU_ROWS if x.is_cpu and x.dtype == torch.bfloat16 and many else 1
+    on_cpu = x.is_cpu and x.dtype == torch.bfloat16
+    return CPU_ROWS if on_cpu and fill_rows(chosen.numel(), experts, len(x)) else 1
+
+
+def fill_rows(rows, experts, samples):
+    """Have the experts many rows each? With few, filling them up would cost more than it saves."""
+    return rows >= 4 * CPU_ROWS * experts * samples
 
 
 # ---- The stacks ---------------------------------------------------------------------------------

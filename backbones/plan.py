@@ -14,7 +14,7 @@ from torch import nn
 import memdlm
 from backbones.backbone import LOGITS, Backbone, build_network
 from backbones.checkpoint import choose_dtype, human_count, quantisable
-from backbones.experts import Stack, most_rows
+from backbones.experts import CPU_ROWS, Stack, fill_rows, most_rows
 from backbones.families import FAMILIES
 from backbones.lora import lora_targets
 
@@ -40,7 +40,7 @@ def answer_plan(config, s, length, device="cuda"):
     lora = sum(lora_sizes(network, config, s)) * BYTES[s.lora_dtype] if s.lora else 0
     one = replace(s, batch=1)
     upper = config.layers - memdlm.first_fast_layer(config.layers, s.layer_fraction)
-    extra = padding(config, length, wide, device)
+    extra = padding(config, 1, length, wide, device)
     layer = kept_per_token(config, None, wide, extra=extra)
     inputs = kept_by_phi(config, None, wide, extra)
     # Of the layers below, which have no gradient, one at a time is there.
@@ -121,10 +121,11 @@ def plan_activations(config, s, length, wide, device, phi):
 
     phi and its gradient, what autograd keeps of the layers with phi, and what the outer step will
     need of those below. Later there is less: phi is a constant, and when a layer below is computed
-    again, those above are done and have left their room.
+    again, those above are done and have left their room. The last layer computes what is read of it
+    alone; here that is all, as where nearly every token is masked.
     """
     tokens = s.batch * length * (2 if s.objective == "own" else 1)  # own: two passes at a time
-    extra = padding(config, s.batch * length, wide, device)
+    extra = padding(config, s.batch, length, wide, device)
     first = memdlm.first_fast_layer(config.layers, s.layer_fraction)
     upper = config.layers - first
 
@@ -148,15 +149,21 @@ def plan_activations(config, s, length, wide, device, phi):
         allowance(device)]
 
 
-def padding(config, tokens, wide, device):
-    """How many times as many rows as the router sends the experts may compute: on a CPU and on GPUs
-    with a fast grouped product as many, else as `sort_tokens` allows."""
-    if not config.experts or device == "cpu":
+def padding(config, samples, length, wide, device):
+    """How many times as many rows as the router sends the experts are computed.
+
+    On a CPU in bfloat16 as `fill_rows` has it, on average. On GPUs with a fast grouped product no
+    more. Elsewhere as many as `sort_tokens` allows.
+    """
+    rows = samples * length * config.top_k
+    if not config.experts:
         return 1
+    if device == "cpu":
+        filled = wide == 2 and fill_rows(rows, config.experts, samples)
+        return 1 + config.experts * samples * CPU_ROWS / 2 / rows * filled
     if wide == 2 and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
         return 1
-    rows = tokens * config.top_k
-    return min(most_rows(rows), config.experts * tokens) / rows
+    return min(most_rows(rows), config.experts * samples * length) / rows
 
 
 def plan_passing(config, s, tokens, wide, device, extra):

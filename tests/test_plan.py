@@ -43,9 +43,10 @@ def count_saved_bytes(forward):
 @pytest.mark.parametrize("lora_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", EACH)
 def test_the_plans_activations_are_those_that_autograd_keeps(name, lora_dtype):
-    """One layer with 256 tokens. It is four times as wide as the tiny models are.
+    """One layer with 256 tokens, and the last, of which all tokens but one are read.
 
-    So small tensors, which the plan leaves out, hardly matter.
+    They are four times as wide as in the tiny models. So small tensors, which the plan leaves out,
+    hardly matter.
     """
     raw = TINY[name] | {"mask_token_id": 301, "eos_token_id": 300}
     widths = {"hidden_size", "d_model", "expert_intermediate_size", "moe_intermediate_size",
@@ -58,10 +59,12 @@ def test_the_plans_activations_are_those_that_autograd_keeps(name, lora_dtype):
     backbone.train()
     h = torch.randn(1, 256, backbone.config.width, dtype=torch.bfloat16, requires_grad=True)
     valid = torch.ones(1, 256, dtype=torch.bool)
-    kept = count_saved_bytes(lambda: backbone.blocks(h, valid, 2, 3))
     # On a CPU dropout's mask has the precision of its input.
     planned = 256 * kept_per_token(backbone.config, s, 2, mask_of=lambda grain: grain)
-    assert 0.95 < kept / planned < 1.08, (kept, planned)
+    last, but_one = backbone.num_layers - 1, torch.arange(256)[None] > 0
+    for layer, need in ((2, None), (last, but_one)):
+        kept = count_saved_bytes(lambda: backbone.blocks(h, valid, layer, layer + 1, need))
+        assert 0.95 < kept / planned < 1.08, (layer, kept, planned)
 
 
 def test_the_plan_counts_what_is_loaded():
@@ -171,14 +174,15 @@ def test_the_plan_by_hand():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("masks", ["few", "many"])
 @pytest.mark.parametrize("name, padded, lora_dtype", [
     ("llada2.1-mini", False, "bfloat16"), ("llada2.1-mini", True, "bfloat16"),
     ("llada-moe", False, "float32")])
-def test_the_plan_is_the_peak_of_a_step(name, padded, lora_dtype, monkeypatch):
+def test_the_plan_is_the_peak_of_a_step(name, padded, lora_dtype, masks, monkeypatch):
     """What a MemDLM step takes and gives back, counted by PyTorch's profiler. 512 tokens.
 
-    Above the plan by 5 % at most. Below it by more where padding is less than it may be, and by
-    what the last layer saves where few tokens are read.
+    Above the plan by 5 % at most. Below it where padding is less than it may be, and where few of
+    the 384 tokens of the answer are masked: t is .16 or .91. The last layer computes these alone.
     """
     monkeypatch.setattr(experts, "pads", lambda x: padded)
     raw = PUBLISHED[name] | dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
@@ -194,7 +198,8 @@ def test_the_plan_is_the_peak_of_a_step(name, padded, lora_dtype, monkeypatch):
     model = memdlm.MemDLM(backbone, s).train()
     x0 = torch.randint(8, 500, (1, 512), generator=torch.Generator().manual_seed(0))
     valid = torch.ones_like(x0, dtype=torch.bool)
-    batch = memdlm.Batch(x0, torch.arange(512)[None] >= 128, valid, ["a"], x0, valid)
+    seed = {"few": "a", "many": "3"}[masks]
+    batch = memdlm.Batch(x0, torch.arange(512)[None] >= 128, valid, [seed], x0, valid)
     model(batch)[0].backward()  # the gradients are there from now on
     with torch.profiler.profile(profile_memory=True) as profile:
         model(batch)[0].backward()
@@ -203,7 +208,7 @@ def test_the_plan_is_the_peak_of_a_step(name, padded, lora_dtype, monkeypatch):
     peak = max(itertools.accumulate(event.nbytes() for event in events))
     parts = memory_plan(backbone.config, s, 512, "cuda" if padded else "cpu")
     planned = total(parts[4:-1])  # without weights, LoRA, gradients, optimiser and the allowance
-    assert (0.5 if padded else 0.7) * planned < peak < 1.05 * planned, peak / planned
+    assert (0.75 if masks == "many" else 0.5) * planned < peak < 1.05 * planned, peak / planned
 
 
 def total(parts):

@@ -109,13 +109,14 @@ class Block(nn.Module):
         self.mlp = FeedForward(config.width, config.ffn)
 
     def forward(self, h, mask, rows=None):
-        """rows [B, M]: the positions at which the feed-forward's result is read. None: all."""
+        """rows [B, M], of h as [B * L, D]: where the feed-forward's result is read. None: all."""
         h = h + self.attn(shift(self.norm1(h)), mask)
         x = shift(self.norm2(h))
         if rows is None:
             return h + self.mlp(x)
-        at = rows.to(h.device)[..., None].expand(-1, -1, h.shape[-1])
-        return h.scatter_add(1, at, self.mlp(x.gather(1, at)))
+        some = x.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, x.shape[-1])
+        some = self.mlp(some).flatten(0, 1)
+        return h.flatten(0, 1).index_add(0, rows.flatten(), some).view_as(h)
 
 
 # ---- The model ----------------------------------------------------------------------------------
@@ -158,8 +159,10 @@ class ToyDLM(nn.Module):
         """Run layers start..stop-1 on h [B, L, D]; only positions `need` [B, L] will be read."""
         # [B, 1, 1, L]: nobody attends to padding. None lets attention take its fast path.
         mask = None if valid.all() else valid[:, None, None, :].to(h.device)
-        # [B, M] for the M that a sample needs at most; one that needs fewer gets some others too.
-        rows = None if need is None else need.byte().topk(int(need.sum(1).max())).indices
+        rows = None
+        if need is not None:  # M is the most that a sample needs; others get some more
+            first = need.byte().topk(int(need.sum(1).max())).indices
+            rows = (first + h.shape[1] * torch.arange(len(h))[:, None]).to(h.device)
         for i, layer in enumerate(self.layers[start:stop], start):
             h = layer(h, mask, rows if i == self.num_layers - 1 else None)
         return h
