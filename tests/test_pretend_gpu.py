@@ -112,6 +112,22 @@ def test_adapting_launches_few_kernels(name, most):
     assert 0.85 * most < few + (more - few) / 2 * (MOE[name] - 4) <= most
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name, most", [("llada-moe", 130), ("llada2.1-mini", 156)])
+def test_a_look_of_the_decoder_launches_few_kernels_per_layer(name, most):
+    launches = []
+    for layers in (4, 6):
+        s, model = make_model(name, layers)
+        batch = random_batch(model, s)
+        with PretendGPU() as gpu, torch.no_grad():
+            gpu.adopt(model.eval())
+            h = model.backbone.embed(batch.x0)
+            model.backbone.blocks(h, batch.valid, 0, None, batch.maskable)
+        launches.append(gpu.launches)
+        assert not gpu.waits
+    assert 0.85 * most < (launches[1] - launches[0]) / 2 <= most
+
+
 @pytest.mark.parametrize("name", EACH)
 def test_training_adapting_decoding_saving_and_resuming_mix_nothing(name, tmp_path):
     """Of every family. Per decoded look the host waits for the tokens and their probabilities."""
