@@ -11,6 +11,7 @@ A picture shows what its file of numbers holds, and drawing it measures nothing:
     languages.png                  languages.json
     paper_*.png                    paper_toy.json and paper_curves.json
     conversion.png                 conversion.json, once a way is measured
+    order.png                      order.json
     a run's loss.png, panel.png    its metrics.jsonl and panel.json
 """
 from __future__ import annotations
@@ -58,6 +59,9 @@ def draw_results(out):
         from paper.conversion import draw_curves
         draw_curves(conversion, out / "conversion.png")
         say(f"picture in {out / 'conversion.png'}")
+    from paper.order import draw_recall
+    draw_recall(read_json(RESULTS / "order.json"), out / "order.png")
+    say(f"picture in {out / 'order.png'}")
 
 
 def draw_claims(out):
