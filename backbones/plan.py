@@ -159,8 +159,9 @@ def padding(config, samples, length, wide, device):
     if not config.experts:
         return 1
     if device == "cpu":
-        filled = wide == 2 and fill_rows(rows, config.experts, samples)
-        return 1 + config.experts * samples * CPU_ROWS / 2 / rows * filled
+        if wide != 2 or not fill_rows(rows, config.experts, samples):
+            return 1
+        return 1 + config.experts * samples * CPU_ROWS / 2 / rows
     if wide == 2 and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
         return 1
     return min(most_rows(rows), config.experts * samples * length) / rows

@@ -1,6 +1,6 @@
 """The runs that test the paper's claims on the toy: which there are, and the work through them.
 
-    python evaluate.py claims            everything: five paired seeds, an hour or more on two cores
+    python evaluate.py claims            everything: five paired seeds, 50 minutes on two cores
     python evaluate.py claims --quick    the same in small: three seeds, six minutes on two
 
 Most claims are about a model that was trained with memory, compared with one that was not. There
