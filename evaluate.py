@@ -143,7 +143,7 @@ def paper(arguments, changes):
 
 def add_claims_flags(parser):
     add = parser.add_argument
-    add("--quick", action="store_true", help="shorter runs: six minutes instead of fifty")
+    add("--quick", action="store_true", help="shorter runs: five minutes instead of fifty")
     add("--jobs", type=int, default=os.cpu_count(),
         help="runs at a time, a thread each [default all cores]")
     add("--seeds", type=int, help="[default 5, quick 3]")

@@ -1,7 +1,7 @@
 """The runs that test the paper's claims on the toy: which there are, and the work through them.
 
     python evaluate.py claims            everything: five paired seeds, 50 minutes on two cores
-    python evaluate.py claims --quick    the same in small: three seeds, six minutes on two
+    python evaluate.py claims --quick    the same in small: three seeds, five minutes on two
 
 Most claims are about a model that was trained with memory, compared with one that was not. There
 are two settings in which both are trained, and one of ours.
