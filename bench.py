@@ -283,8 +283,8 @@ def count_least_extra(case, seed):
         prefix = count_flops(partial(memdlm.lower_layers, backbone, s, path[0].x, valid))
     phi = memdlm.fresh_phi(backbone, s, seeds if s.per_sample else seeds[:1])
 
-    def lower(x):
-        return h
+    def lower(states):
+        return [h] * len(states)
     return prefix + count_flops(partial(
         memdlm.inner_loop, backbone, s, path, x0, valid, lower, phi))
 

@@ -217,9 +217,8 @@ def upper_layers(backbone, s, h, valid, phi, need=None):
 def uniform(seeds, purpose, *shape, dtype=torch.float32, device="cpu"):
     """Numbers in [0, 1), [B, *shape]. Those of sample b depend on seeds[b] and `purpose` alone.
 
-    So a sample gets the same masks in any batch, on any device and any number of processes, in a
-    resumed run, and in the baseline, since the inner loop draws for other purposes. What is drawn
-    on a `device`, phi's A alone, is the same on devices of one kind.
+    So a sample has the same masks in any batch, on any device, in a resumed run and in the
+    baseline: the inner loop draws for other purposes. phi's A is the same on devices of one kind.
     """
     out, draw = torch.empty(len(seeds), *shape, dtype=dtype, device=device), torch.Generator(device)
     for sample, seed in zip(out, seeds):
@@ -311,7 +310,7 @@ def inner_loop(backbone, s, path, x0, valid, lower, phi, order="first"):
         stage 1   the  _   _  on the  _   --phi_0-->  loss at 3 masks  --SGD-->  phi_1
         stage 2   the cat  _  on the  _   --phi_1-->  loss at 2 masks  --SGD-->  phi_2
 
-    lower(x): hidden states [B, L, D] of x below the first fast layer.
+    lower(states): their hidden states [B, L, D] below the first fast layer, a list.
     order: with "second", an extension, phi_K keeps the graph of its steps and theta's gradient goes
     through them, as in MAML (1703.03400) and, with autoregressive models, GradMem (2603.13875).
     Returns phi_K and a record: `inner` [K], the mean loss at the start of each stage, and
@@ -319,17 +318,17 @@ def inner_loop(backbone, s, path, x0, valid, lower, phi, order="first"):
     """
     second, losses, skipped = order == "second" and torch.is_grad_enabled(), [], 0
     cut = (lambda w: w) if second else torch.Tensor.detach
-    for stage in path:
-        with torch.set_grad_enabled(second):
+    with torch.set_grad_enabled(second):
+        for stage, h in zip(path, lower([stage.x for stage in path])):
             phi = {name: tuple(cut(w).requires_grad_() for w in pair) for name, pair in phi.items()}
-            tensors, h = [w for pair in phi.values() for w in pair], cut(lower(stage.x))
+            tensors, h = [w for pair in phi.values() for w in pair], cut(h)
             # Fused attention has no second derivative.
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if second else nullcontext():
                 loss = stage_loss(backbone, s, stage, x0, valid, lower, h, phi)  # [G]
                 grads = torch.autograd.grad(loss.sum(), tensors, create_graph=second)
             phi, taken = sgd_step(s, phi, grads, loss := loss.detach())
-        losses, skipped = [*losses, loss.mean()], skipped + (~taken).sum()
-        del tensors, grads, h  # not beside those of the next stage
+            losses, skipped = [*losses, loss.mean()], skipped + (~taken).sum()
+            del tensors, grads  # not beside those of the next stage
     return phi, {"inner": torch.stack(losses), "skipped": skipped}
 
 
@@ -341,7 +340,7 @@ def stage_loss(backbone, s, stage, x0, valid, lower, h, phi):
     rows = [rows_at(h, targets), to_device(x0[targets], h)]
     if s.inner_loss != "ce":  # self-distillation: the teacher sees the next state
         with torch.no_grad():
-            top = upper_layers(backbone, s, lower(stage.next_x), valid, phi, targets)
+            top = upper_layers(backbone, s, lower([stage.next_x])[0], valid, phi, targets)
         rows.append(rows_at(top, targets))
     # Eq. 7-8:  L_inner^(k) = sum_{i in M} -log p_{theta, phi_{k-1}}(x_0^i | x)
     loss = to_positions(backbone.per_row(INNER_LOSSES[s.inner_loss], *rows), targets).sum(1)  # [B]
@@ -374,9 +373,10 @@ def sgd_step(s, phi, grads, loss):
 
 def write_from_response(backbone, s, batch, t, xt, masked, h):
     """The paper's training: the inner loop sees the anchor and the answers of the outer loss."""
-    def lower(x):
+    def lower(states):
         # Stage 2 and the outer pass read the same anchor, of which the lower layers make h: once.
-        return h if torch.equal(x, xt) else lower_layers(backbone, s, x, batch.valid)
+        return [h if torch.equal(x, xt) else lower_layers(backbone, s, x, batch.valid)
+                for x in states]
     path = stages(s, batch.x0, masked, batch.maskable, t, batch.seeds, backbone.mask_id)
     # Differs: 3.1 says "a specific batch", 3.3 "per-sample". The published code shares one phi in
     # each process's micro-batch. So do we by default; it learns about 1 / B as much from a sample.
@@ -471,8 +471,7 @@ def ce(head, h, target):
 def token_nll(backbone, h, x0, where):
     """-log p(x0_i | x) at the positions `where`, zero elsewhere. h [B, L, D] -> [B, L], in nats."""
     # A logit costs V * D multiplications, so only these positions get one.
-    targets = to_device(x0[where], h)
-    return to_positions(backbone.per_row(ce, rows_at(h, where), targets), where)
+    return to_positions(backbone.per_row(ce, rows_at(h, where), to_device(x0[where], h)), where)
 
 
 def mdlm_loss(nll, t, maskable):
@@ -503,10 +502,18 @@ def adapt(backbone, s, prompt, valid, seeds, order="first"):
     Differs: the published code draws unseeded, may mask nothing, and leaves dropout on. Ours draws
     from the seeds, masks at least one token, and runs in eval mode.
     """
+    def lower(states):
+        # These layers do not know phi, so two states share a pass, which costs less than two.
+        both, below = valid.repeat(2, 1), []
+        vars(both).update((name, x.repeat(2)) for name, x in vars(valid).items())
+        for k in range(0, len(states), 2):
+            two = states[k:k + 2]
+            h = lower_layers(backbone, s, torch.cat(two), both if len(two) == 2 else valid)
+            below += h.chunk(len(two))
+        return below
     path, phi = prompt_stages(backbone, s, prompt, valid, seeds), fresh_phi(backbone, s, seeds)
     with eval_mode(backbone):
-        return inner_loop(backbone, s, path, prompt, valid,
-                          lambda x: lower_layers(backbone, s, x, valid), phi, order)
+        return inner_loop(backbone, s, path, prompt, valid, lower, phi, order)
 
 
 def prompt_stages(backbone, s, prompt, valid, seeds):
@@ -556,9 +563,8 @@ def denoise(backbone, s, x, fill, valid, seeds, phi=None, steps=None, block_leng
     look, look_blind = (make_look(backbone, s, valid, phi) for _ in range(2))
     for block in range(blocks):
         window = number // block_length == block
-        size = window.sum(1)
         for k in range(steps_per_block):
-            take = quota(size, steps_per_block, k)[:, None]
+            take = quota(window.sum(1), steps_per_block, k)[:, None]
             where, blind, noise = window & open_, None, None
             if not where.any():
                 continue
@@ -715,19 +721,14 @@ TRAJECTORIES = {f.__name__: f for f in (consistent, pre_only, anchor_only, incon
 # Inner losses (Fig. 6) besides `ce`. student and teacher [N, D]: hidden states of the same model
 # under the same phi. The teacher has no gradient and sees the next state. They return [N].
 
-def log_probabilities(head, student, teacher):
-    log_p, log_q = (head(h).float().log_softmax(-1) for h in (teacher, student))
-    return log_p.detach(), log_q
-
-
-def kl(head, student, target, teacher):
-    log_p, log_q = log_probabilities(head, student, teacher)
+def kl(head, student, target, teacher, reverse=False):
+    teacher, student = (head(h).float().log_softmax(-1) for h in (teacher, student))
+    log_p, log_q = (student, teacher.detach()) if reverse else (teacher.detach(), student)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def reverse_kl(head, student, target, teacher):
-    log_p, log_q = log_probabilities(head, student, teacher)
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
+    return kl(head, student, target, teacher, reverse=True)
 
 
 def hidden_mse(head, student, target, teacher):

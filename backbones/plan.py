@@ -43,13 +43,17 @@ def answer_plan(config, s, length, device="cuda"):
     extra = padding(config, 1, length, wide, device)
     layer = kept_per_token(config, None, wide, extra=extra)
     inputs = kept_by_phi(config, None, wide, extra)
-    # Of the layers below, which have no gradient, one at a time is there.
+    passing = plan_passing(config, s, length, wide, device, extra)
+    # Of the layers below, which have no gradient, one at a time is there. With memory they see two
+    # states of the prompt in one pass, before those with phi see one.
     layers = length * (layer + s.memory * upper * (layer + inputs))
+    both = 2 * length * layer + passing_of_layer(config, s, 2 * length, wide, extra)
+    layers = max(layers, s.memory * (both - passing[1]))
     return [plan_weights(network, config, s, wide), ("LoRA", lora),
             ("phi, its gradient and its successor", 3 * phi_bytes(network, config, one)),
             *plan_copies(config, s, wide, upper),
             (f"a prompt of {length} tokens: activations", layers),
-            plan_passing(config, s, length, wide, device, extra), allowance(device)]
+            passing, allowance(device)]
 
 
 @lru_cache(maxsize=1)  # a plan of training and one of an answer ask for the same
@@ -169,18 +173,22 @@ def padding(config, samples, length, wide, device):
 
 def plan_passing(config, s, tokens, wide, device, extra):
     """What comes and goes: the larger of what a layer and what a chunk of logits need meanwhile."""
-    if config.experts:
-        # A product unpacks the 4 bits of one stack. Of the last product there are two terms, their
-        # sum, and its rows in the tokens' order.
-        layer = config.experts * config.expert_ffn * config.width * wide * s.load_4bit
-        layer += tokens * config.top_k * (3 * extra + 1) * config.width * wide
-    else:
-        layer = tokens * 4 * max(config.ffn, config.width) * wide
+    layer = passing_of_layer(config, s, tokens, wide, extra)
     # A chunk is there in the model's precision, in float32, as log-softmax and as its gradient.
     logits = min(chunk_of_logits(s, device), tokens * config.vocab_size) * (wide + 12)
     if layer > logits:
         return "what comes and goes while a layer is computed", layer
     return "a chunk of logits, in four forms", logits
+
+
+def passing_of_layer(config, s, tokens, wide, extra):
+    """Bytes that a layer needs while it is computed, besides what autograd keeps."""
+    if not config.experts:
+        return tokens * 4 * max(config.ffn, config.width) * wide
+    # A product unpacks the 4 bits of one stack. Of the last product there are two terms, their sum,
+    # and its rows in the tokens' order.
+    stack = config.experts * config.expert_ffn * config.width * wide * s.load_4bit
+    return stack + tokens * config.top_k * (3 * extra + 1) * config.width * wide
 
 
 def plan_copies(config, s, wide, layers):

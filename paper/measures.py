@@ -322,8 +322,8 @@ def measure_inner_loss(s, model, size):
     x0, valid = batch.prompt, batch.prompt_valid
     path = memdlm.prompt_stages(backbone, s, x0, valid, batch.seeds)
 
-    def lower(x):
-        return memdlm.lower_layers(backbone, s, x, valid)
+    def lower(states):
+        return [memdlm.lower_layers(backbone, s, x, valid) for x in states]
 
     before, after = [], []
     for k in range(len(path)):

@@ -63,8 +63,9 @@ class ShuffledTargets(ReplacedPhi):
     def write(self, batch, t, xt, masked, h):
         s, backbone = self.s, self.backbone
 
-        def lower(x):
-            return h if torch.equal(x, xt) else memdlm.lower_layers(backbone, s, x, batch.valid)
+        def lower(states):
+            return [h if torch.equal(x, xt) else memdlm.lower_layers(backbone, s, x, batch.valid)
+                    for x in states]
         path = memdlm.stages(s, batch.x0, masked, batch.maskable, t, batch.seeds, backbone.mask_id)
         phi = memdlm.fresh_phi(backbone, s, batch.seeds)
         return memdlm.inner_loop(backbone, s, path, shuffle(batch), batch.valid, lower, phi)

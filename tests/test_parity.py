@@ -229,7 +229,8 @@ def check_first_gradient(family, z, s, backbone, batch, path, phi):
 
 def lower_of(backbone, s, batch):
     """What the inner loop asks for: hidden states below the fast weights, without gradient."""
-    return lambda x: memdlm.lower_layers(backbone, s, x, batch.valid).detach()
+    return lambda states: [memdlm.lower_layers(backbone, s, x, batch.valid).detach()
+                           for x in states]
 
 
 def gradient_by_expert(key, grad):
@@ -382,11 +383,11 @@ def test_parity_of_hidden_state_distillation_where_ours_differs(family, name, mo
         z, inner_loss={"hidden_mse": "hidden_mse",
                        "hidden_cos": "hidden_cosine"}[name]), batch_of(z)
     path = path_of(z, s, batch.x0)
-    lower = lambda x: memdlm.lower_layers(backbone, s, x, batch.valid).detach()
+    lower = lower_of(backbone, s, batch)
     corrected, _ = memdlm.inner_loop(backbone, s, path[:1], batch.x0, batch.valid, lower, phi0(
         z, s))
     states = [
-        backbone.blocks(lower(x), batch.valid, 5, None)[path[0].targets]
+        backbone.blocks(lower([x])[0], batch.valid, 5, None)[path[0].targets]
         for x in (path[0].x, path[0].next_x)
     ]
     student, teacher = states[0], states[1].detach()
@@ -426,7 +427,7 @@ def test_parity_of_attention_scope_where_ours_differs(family):
     }
     batch, name = batch_of(z), names[0]
     path = [st._replace(weight=st.weight.double()) for st in path_of(z, s, batch.x0)[:1]]
-    lower = lambda x: memdlm.lower_layers(backbone, s, x, batch.valid).detach()
+    lower = lower_of(backbone, s, batch)
     moved, record = memdlm.inner_loop(backbone, s, path, batch.x0, batch.valid, lower, phi)
     i, eps = (0, 3, 1), 1e-3
     values = []
@@ -435,7 +436,7 @@ def test_parity_of_attention_scope_where_ours_differs(family):
         B = phi[name][1].clone()
         B[i] += sign * eps
         nudged[name] = (phi[name][0], B)
-        h = memdlm.upper_layers(backbone, s, lower(path[0].x), batch.valid, nudged)
+        h = memdlm.upper_layers(backbone, s, lower([path[0].x])[0], batch.valid, nudged)
         values.append((path[0].weight *
                        memdlm.token_nll(backbone, h, batch.x0, path[0].targets).sum(1)).sum() /
                       path[0].targets.sum())

@@ -281,3 +281,9 @@ def test_the_plan_of_an_answer_by_hand():
     assert sizes[1:5] == [lora, 3 * 3 * matrix, 2 * layer + 100 * (64 + 128) * 4,
                           100 * 320 * 16]
     assert answer_plan(config, replace(s, memory=False), 100)[3][1] == layer
+
+    # Of a very long prompt the two states that share a pass of the layers below need more. While
+    # such a layer is computed, four tensors of the inner width come and go.
+    long = 2**20
+    passes = answer_plan(config, s, long)[3:5]
+    assert sum(size for _, size in passes) == 2 * long * (layer // 100 + 4 * 128 * 4)
