@@ -616,13 +616,6 @@ def pick_tokens(backbone, h, blind=None, cfg_scale=0.0, temperature=0.0, noise=N
     return tokens.cpu(), probability.cpu()
 
 
-def sampling_noise(backbone, seeds, tag, where):
-    """Uniform numbers [N, V] for `pick_tokens`. In float64: the largest of 157k decides."""
-    V = backbone.vocab_size
-    return torch.cat([uniform([seed], f"gumbel {tag}", n, V, dtype=torch.float64)[0]
-                      for seed, n in zip(seeds, where.sum(1).tolist())])
-
-
 # ---- 10. Exposure bias (Eq. 3-4) ----------------------------------------------------------------
 
 @torch.no_grad()
@@ -671,6 +664,13 @@ def exposure_bias(backbone, s, x0, maskable, valid, seeds, ratios, phi=None):
 # The prompt is an extension: the inner loop that runs at inference, so theta learns to read phi.
 WRITE_FROM = {"response": write_from_response, "prompt": lambda backbone, s, batch, *_: adapt(
     backbone, s, batch.prompt, batch.prompt_valid, batch.seeds, s.order)}
+
+
+def sampling_noise(backbone, seeds, tag, where):
+    """Uniform numbers [N, V] for `pick_tokens`. In float64: the largest of 157k decides."""
+    V = backbone.vocab_size
+    return torch.cat([uniform([seed], f"gumbel {tag}", n, V, dtype=torch.float64)[0]
+                      for seed, n in zip(seeds, where.sum(1).tolist())])
 
 
 def clip_factors(s, norms):
