@@ -224,6 +224,17 @@ class FrozenProduct(torch.autograd.Function):
         return product(grad.contiguous(), W.mT, ctx.places), None, None
 
 
+def draw_kept(x, dropout):
+    """Which numbers of x dropout keeps, bool, on a CPU. 16 random bits decide about each.
+
+    A number is dropped with a probability of `dropout`, in steps of 1 / 65536 and at least one. It
+    takes less than half of the time of drawing a float for each.
+    """
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, 2**63 - 1)
+    least = max(1, round(dropout * 2**16)) - 2**15
+    return (bits.view(torch.int16)[:x.numel()] > least - 1).view(x.shape)
+
+
 def drop(x, kept, scale):
     """x times scale where it was kept, zero elsewhere."""
     if x.is_cpu:
@@ -242,7 +253,7 @@ class DroppedProduct(torch.autograd.Function):
     def forward(ctx, x, A, dropout, places):
         ctx.places, ctx.scale = places, 1 / (1 - dropout) if dropout < 1 else 0.0
         if x.is_cpu:  # its own way takes longer
-            kept = torch.rand(x.shape) >= dropout
+            kept = draw_kept(x, dropout)
             some = drop(x, kept, ctx.scale)
         else:
             some, kept = torch.native_dropout(x, dropout, True)

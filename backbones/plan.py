@@ -133,10 +133,7 @@ def plan_activations(config, s, length, wide, device, phi):
     first = memdlm.first_fast_layer(config.layers, s.layer_fraction)
     upper = config.layers - first
 
-    def mask_of(grain):  # in dropout's mask a number is a byte on a GPU, and as wide on a CPU
-        return 1 if device == "cuda" else grain
-
-    layer = tokens * kept_per_token(config, s, wide, mask_of, extra)
+    layer = tokens * kept_per_token(config, s, wide, extra)
     layer_with_phi = layer + tokens * kept_by_phi(config, s, wide, extra) * s.memory
     lower, how = first * layer, ""
     if s.checkpointing:
@@ -224,11 +221,10 @@ def optimizer_bytes(optimizer, n, grain):
     return 2 * (n + -(-n // 256) * 4)
 
 
-def kept_per_token(config, s, wide, mask_of=lambda grain: 1, extra=1):
+def kept_per_token(config, s, wide, extra=1):
     """Bytes that autograd keeps of one token in one layer.
 
-    s: None where nothing of the model is trained. wide: bytes of a number. mask_of: bytes of a
-    number of so many -> bytes of one in dropout's mask. extra: see `padding`.
+    s: None where nothing of the model is trained. wide: bytes of a number. extra: see `padding`.
     """
     family = FAMILIES[config.family]
     D, q, kv = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -236,12 +232,12 @@ def kept_per_token(config, s, wide, mask_of=lambda grain: 1, extra=1):
 
     def input_of_matrix(width, grain=grain, adapted=True):
         # A frozen matrix keeps nothing of its input. A LoRA keeps what dropout left of it, in its
-        # own precision, and dropout's mask.
+        # own precision, and of dropout's mask a byte for a number.
         if s and not s.lora:
             return width * wide
         if not s or not adapted:
             return 0
-        return width * (grain + mask_of(grain) * (s.lora_dropout > 0))
+        return width * (grain + (s.lora_dropout > 0))
 
     adapted = s and s.lora_scope == "all"
 

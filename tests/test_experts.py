@@ -5,7 +5,7 @@ import torch
 
 import backbones.experts as experts_module
 from backbones.checkpoint import hub_weights
-from backbones.experts import Experts, Stack, product, sort_tokens
+from backbones.experts import Experts, Stack, draw_kept, product, sort_tokens
 from backbones.lora import lora_weights
 from memdlm import MemDLM
 from settings import Settings
@@ -135,11 +135,31 @@ def test_dropout_acts_on_the_input_of_a_stacks_lora_in_training_alone():
     torch.manual_seed(0)
     trained = stack.train()(x, places)
     torch.manual_seed(0)
-    dropped = 2 * x * (torch.rand(x.shape) >= 0.5)
+    dropped = 2 * x * draw_kept(x, 0.5)
     assert 0 < (dropped == 0).sum() < dropped.numel()
     low = torch.stack([stack.lora_A[e] @ row for e, row in zip((0, 1, 1), dropped)])
     torch.testing.assert_close(trained, low.sum(1, keepdim=True).expand(-1, 8))
     assert not torch.equal(plain, trained) and torch.equal(stack.eval()(x, places), plain)
+
+
+@pytest.mark.parametrize("dropout", [0.05, 0.5, 0.9])
+def test_a_number_is_dropped_as_often_as_was_asked_for(dropout):
+    """Alone and beside its neighbour, which comes from the same draw of 64 bits."""
+    torch.manual_seed(0)
+    x = torch.ones(1001, 999)
+    kept = draw_kept(x, dropout)
+    torch.manual_seed(0)
+    assert kept.dtype == torch.bool and torch.equal(kept, draw_kept(x, dropout))
+    pairs = kept[:, 1:] & kept[:, :-1]
+    for got, want in ((kept, 1 - dropout), (pairs, (1 - dropout) ** 2)):
+        spread = (want * (1 - want) / got.numel()) ** 0.5
+        assert abs(got.double().mean().item() - want) < 5 * spread
+
+
+def test_dropout_at_its_ends():
+    x = torch.ones(200, 1000)
+    assert not draw_kept(x, 1.0).any()
+    assert draw_kept(x, 1e-9).float().mean() > 0.9998
 
 
 def test_all_weights_of_stacks_train(monkeypatch):

@@ -59,12 +59,12 @@ def test_the_plans_activations_are_those_that_autograd_keeps(name, lora_dtype):
     backbone.train()
     h = torch.randn(1, 256, backbone.config.width, dtype=torch.bfloat16, requires_grad=True)
     valid = torch.ones(1, 256, dtype=torch.bool)
-    # On a CPU dropout's mask has the precision of its input.
-    planned = 256 * kept_per_token(backbone.config, s, 2, mask_of=lambda grain: grain)
+    planned = 256 * kept_per_token(backbone.config, s, 2)
     last, but_one = backbone.num_layers - 1, torch.arange(256)[None] > 0
     for layer, need in ((2, None), (last, but_one)):
         kept = count_saved_bytes(lambda: backbone.blocks(h, valid, layer, layer + 1, need))
-        assert 0.95 < kept / planned < 1.08, (layer, kept, planned)
+        most = 1.08 if need is None else 1.1  # the rows that were picked are a copy
+        assert 0.95 < kept / planned < most, (layer, kept, planned)
 
 
 def test_the_plan_counts_what_is_loaded():
