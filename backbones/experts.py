@@ -231,12 +231,13 @@ def draw_kept(x, dropout):
     takes less than half of the time of drawing a float for each.
     """
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, 2**63 - 1)
-    least = max(1, round(dropout * 2**16)) - 2**15
-    return (bits.view(torch.int16)[:x.numel()] > least - 1).view(x.shape)
+    last = max(1, round(dropout * 2**16)) - 2**15 - 1  # the highest that is dropped
+    return (bits.view(torch.int16)[:x.numel()] > last).view(x.shape)
 
 
-def drop(x, kept, scale):
-    """x times scale where it was kept, zero elsewhere."""
+def drop(x, kept, dropout):
+    """x / (1 - dropout) where it was kept, zero elsewhere."""
+    scale = 1 / (1 - dropout) if dropout < 1 else 0.0
     if x.is_cpu:
         return (x * kept.view(torch.uint8)).mul_(scale)  # half the time of `where`
     return torch.ops.aten.native_dropout_backward(x, kept, scale)
@@ -251,10 +252,10 @@ class DroppedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, A, dropout, places):
-        ctx.places, ctx.scale = places, 1 / (1 - dropout) if dropout < 1 else 0.0
+        ctx.places, ctx.dropout = places, dropout
         if x.is_cpu:  # its own way takes longer
             kept = draw_kept(x, dropout)
-            some = drop(x, kept, ctx.scale)
+            some = drop(x, kept, dropout)
         else:
             some, kept = torch.native_dropout(x, dropout, True)
         ctx.save_for_backward(x, kept, A)
@@ -266,9 +267,9 @@ class DroppedProduct(torch.autograd.Function):
         x, kept, A = ctx.saved_tensors
         grad, grad_x, grad_A = grad.contiguous(), None, None
         if ctx.needs_input_grad[0]:
-            grad_x = drop(product(grad, A.mT, ctx.places), kept, ctx.scale)
+            grad_x = drop(product(grad, A.mT, ctx.places), kept, ctx.dropout)
         if ctx.needs_input_grad[1]:
-            grad_A = outer_products(grad, drop(x, kept, ctx.scale), ctx.places, len(A))
+            grad_A = outer_products(grad, drop(x, kept, ctx.dropout), ctx.places, len(A))
         return grad_x, grad_A, None, None
 
 

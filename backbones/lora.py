@@ -94,7 +94,7 @@ class Dropout(nn.Dropout):
     def forward(self, x):
         if not (self.training and x.is_cpu):
             return super().forward(x)
-        return drop(x, draw_kept(x, self.p), 1 / (1 - self.p) if self.p < 1 else 0.0)
+        return drop(x, draw_kept(x, self.p), self.p)
 
 
 def lora_weights(backbone):
