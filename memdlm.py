@@ -367,8 +367,7 @@ def sgd_step(s, phi, grads, loss):
         # Eq. 6:  phi_k = phi_{k-1} - eta clip(grad L_inner^(k))
         step = torch.addcmul(w, rate.view(*norm.shape, 1, 1), g, value=-1)
         moved.append(step if sure else torch.where(taken.view(G, *[1] * (w.dim() - 1)), step, w))
-    moved = iter(moved)
-    return {name: tuple(next(moved) for _ in pair) for name, pair in phi.items()}, taken
+    return {name: tuple(moved.pop(0) for _ in pair) for name, pair in phi.items()}, taken
 
 
 def write_from_response(backbone, s, batch, t, xt, masked, h):
@@ -389,19 +388,20 @@ def write_from_response(backbone, s, batch, t, xt, masked, h):
 def fresh_phi(backbone, s, seeds):
     """phi_0 for len(seeds) samples: {name: (A, B)}, or {name: (delta,)} if full rank. Float32."""
     # Differs: the paper says phi_0 = 0. The published code has B = 0, so the product is zero too,
-    # and draws A anew each time: Kaiming-uniform with a = sqrt(5), U(-1 / sqrt(in), 1 / sqrt(in)).
-    # So do we, from the seed of the sample, or of the first that shares phi. While B = 0 the
-    # gradient of A is 0: the first step moves B alone.
+    # and draws A anew: Kaiming-uniform with a = sqrt(5), U(-1 / sqrt(in), 1 / sqrt(in)). So do we,
+    # from the seed of the sample, or of the first that shares phi. While B = 0, A has no gradient.
     first, phi = first_fast_layer(backbone.num_layers, s.layer_fraction), {}
     for name, matrix in backbone.matrices(first, s.scope).items():
         out, width, device = matrix.out_features, matrix.in_features, matrix.weight.device
         experts = (matrix.experts,) if hasattr(matrix, "experts") else ()
         if s.adapter == "full":
-            phi[name] = (torch.zeros(len(seeds), *experts, out, width, device=device),)
+            pair = (torch.zeros(len(seeds), *experts, out, width, device=device),)
         else:
-            A = uniform(seeds, f"A {name}", *experts, s.rank, width, device=device)
-            phi[name] = (A.mul_(2).sub_(1).div_(math.sqrt(width)),
-                         torch.zeros(len(seeds), *experts, out, s.rank, device=device))
+            A = uniform(seeds, f"A {name}", *experts, s.rank, width, device=device).mul_(2).sub_(1)
+            B = torch.zeros(len(seeds), *experts, out, s.rank, device=device)
+            pair = A.div_(math.sqrt(width)), B
+        # A bmm has its gradient column by column. Where phi lies so too, a CPU adds them faster.
+        phi[name] = pair if experts or len(seeds) < 2 else tuple(w.mT.contiguous().mT for w in pair)
     if not phi:
         raise ValueError("this model has no matrix for fast weights in its last layers")
     return phi
