@@ -221,7 +221,7 @@ def pretrained(arguments, changes):
 
 def add_order_flags(parser):
     parser.add_argument("settings", nargs="*", help="how the names of the settings to run begin: "
-                        "lever, headline, steps, paper [default all]")
+                        "lever, headline, rounds, steps, paper [default all]")
 
 
 def order(arguments, changes):

@@ -75,8 +75,8 @@ class Settings:
         "gradient goes through the inner loop (second, an extension)", ["first", "second"])
     min_t: float = setting("method", 1e-3, "smallest noise level in training", low=1e-9, high=1)
     trajectory: str = setting("inner loop", "consistent", "states of the inner loop: consistent "
-        "(the paper), pre_only, anchor_only, inconsistent, or cover:K (an extension: K masks that "
-        "together cover everything)")
+        "(the paper), pre_only, anchor_only, inconsistent, or cover:K or cover:KxR (an extension: "
+        "K masks that together cover everything, R times)")
     inner_steps: int = setting("inner loop", 2, "K, the number of inner steps of consistent and "
         "inconsistent; pre_only takes K - 1", low=2, high=1000)
     inner_loss: str = setting("inner loop", "ce", "what an inner step minimises",
@@ -706,17 +706,16 @@ def inconsistent(s, masked, maskable, t, seeds):
 
 
 def cover(s, masked, maskable, t, seeds):
-    """Extension: K disjoint masks cover all; the paper's two leave 70 % of a prompt without."""
-    parts = int(s.trajectory.partition(":")[2])
-    rank = rank_of(maskable, uniform(seeds, "cover", masked.shape[1]))
-    part = rank * parts // maskable.sum(1, keepdim=True).clamp(min=1)
-    masks = [maskable & (part == k) for k in range(parts)]
+    """Extension: R rounds of K disjoint masks that cover all; the paper's two leave 70 % out."""
+    parts, rounds = (int(n) for n in f"{s.trajectory.partition(':')[2]}x1".split("x")[:2])
+    n, masks = maskable.sum(1, keepdim=True).clamp(min=1), []
+    for purpose in ("cover", *(f"cover {k}" for k in range(1, rounds))):
+        rank = rank_of(maskable, uniform(seeds, purpose, masked.shape[1]))
+        masks += [maskable & (rank * parts // n == k) for k in range(parts)]
     return masks + [torch.zeros_like(masked)], None
 
 
-# `cover` is last: its ":K" ends the error text of check_settings.
 TRAJECTORIES = {f.__name__: f for f in (consistent, pre_only, anchor_only, inconsistent, cover)}
-
 
 # Inner losses (Fig. 6) besides `ce`. student and teacher [N, D]: hidden states of the same model
 # under the same phi. The teacher has no gradient and sees the next state. They return [N].
@@ -754,7 +753,8 @@ def check_settings(s):
         if low is not None and not low <= value <= high:
             raise ValueError(f"{f.name} is {value!r:.80}; it must lie between {low:g} and {high:g}")
     kind, colon, parts = s.trajectory.partition(":")
-    parts_fit = parts.isdecimal() and 1 <= int(parts[:5]) <= 1000 if kind == "cover" else not colon
-    if kind not in TRAJECTORIES or not parts_fit:
+    numbers = [int(n[:5]) if n.isdecimal() else 0 for n in parts.split("x")]
+    fits = len(numbers) < 3 and 0 < math.prod(numbers) <= 1000 if kind == "cover" else not colon
+    if kind not in TRAJECTORIES or not fits:
         raise ValueError(f"trajectory is {s.trajectory!r:.80}; it must be one of "
-                         f"{', '.join(TRAJECTORIES)}:K with K from 1 to 1000 (cover:4)")
+                         f"{', '.join(TRAJECTORIES)}:K or :KxR with K x R from 1 to 1000 (cover:4)")

@@ -213,11 +213,14 @@ def plain_states(s, sample):
             lowest = sorted(sample.maskable, key=u.__getitem__)[:1]
             states.append({i for i in sample.maskable if u[i] < ratio} or set(lowest))
         return states + [set()], ratios
-    u, parts = draw(sample.seed, "cover", len(sample.x0)), int(parts)
-    states = [set() for _ in range(parts + 1)]
-    for place, i in enumerate(sorted(sample.maskable, key=u.__getitem__)):
-        states[place * parts // n].add(i)
-    return states, [None] * parts
+    parts, _, rounds = parts.partition("x")
+    parts, rounds = int(parts), int(rounds or 1)
+    states = [set() for _ in range(parts * rounds + 1)]
+    for k in range(rounds):
+        u = draw(sample.seed, f"cover {k}" if k else "cover", len(sample.x0))
+        for place, i in enumerate(sorted(sample.maskable, key=u.__getitem__)):
+            states[k * parts + place * parts // n].add(i)
+    return states, [None] * (parts * rounds)
 
 
 def plain_pre_anchors(s, sample):
@@ -346,6 +349,9 @@ LIMITED = [f for f in fields(Settings) if f.metadata["low"] is not None]
 @pytest.mark.parametrize("name, value", [
     ("trajectory", "cover"), ("trajectory", "cover:0"), ("trajectory", "cover:00"),
     ("trajectory", "cover:x"), ("trajectory", "consistent:"), ("trajectory", "consistent:2"),
+    ("trajectory", "cover:4x"), ("trajectory", "cover:4x0"), ("trajectory", "cover:x4"),
+    ("trajectory", "cover:4x2x2"), ("trajectory", "cover:1000x2"), ("trajectory", "cover:1001"),
+    ("trajectory", "consistent:4x2"),
     ("trajectory", "nonsense"), ("inner_loss", "mse"), ("stage1_target", "all"), ("clip", "l2"),
     ("scope", "attn"), ("adapter", "dora"), ("memory_from", "both"), ("inner_steps", 1),
     ("rank", 0), ("layer_fraction", 0.0), ("layer_fraction", 1.1), ("pre_scale", 0.9),
@@ -1101,7 +1107,7 @@ def test_a_prompt_has_at_least_one_mask(ratio, masks):
     assert [int((x == MASK).sum()) for x in model.embeds] == [2 * masks]  # both states in one pass
 
 
-@pytest.mark.parametrize("trajectory", ["consistent", "inconsistent", "cover:3"])
+@pytest.mark.parametrize("trajectory", ["consistent", "inconsistent", "cover:3", "cover:2x2"])
 def test_short_prompts_are_always_adapted(trajectory):
     model, s = make_toy(), make_settings(trajectory=trajectory)
     prompt = torch.arange(8)[:, None]
@@ -1458,11 +1464,19 @@ def test_inner_loop_against_the_plain_one(changes, use):
 
 
 @hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(0, 30), st.integers(1, 8), st.integers(0, 10 ** 6))
-def test_cover_is_disjoint_even_and_covers(n, K, seed):
+@given(st.integers(0, 30), st.integers(1, 8), st.integers(1, 3), st.integers(0, 10 ** 6))
+def test_cover_is_disjoint_even_and_covers(n, K, R, seed):
     maskable = rightmost(n, torch.arange(40)[None] % 7 != 2)
-    s = make_settings(trajectory=f"cover:{K}")
-    masks, _ = memdlm.cover(s, maskable, maskable, None, [seed])
-    counts = [int(mask.sum()) for mask in masks]
-    assert torch.equal(sum(mask.long() for mask in masks), maskable.long())
-    assert len(masks) == K + 1 and counts.pop() == 0 and max(counts) - min(counts) <= 1
+    masks, _ = memdlm.cover(make_settings(trajectory=f"cover:{K}x{R}"), maskable, maskable, None,
+                            [seed])
+    assert len(masks) == K * R + 1 and not masks.pop().any()
+    for k in range(R):
+        part = masks[K * k:K * (k + 1)]
+        counts = [int(mask.sum()) for mask in part]
+        assert torch.equal(sum(mask.long() for mask in part), maskable.long())
+        assert max(counts) - min(counts) <= 1
+    # The first round is that of cover:K; the others are drawn anew.
+    once, _ = memdlm.cover(make_settings(trajectory=f"cover:{K}"), maskable, maskable, None, [seed])
+    assert all(map(torch.equal, once, masks[:K]))
+    if n == 30 and K > 2 and R > 1:
+        assert not all(map(torch.equal, masks[:K], masks[K:]))
