@@ -57,6 +57,7 @@ def test_the_profiler_is_read():
     assert sum(share for *_, share in rows) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_profiler_says_nothing():
     """In a process of its own: what it says is settled at its first use in a process."""
     code = "import kernels, torch; kernels.record(lambda: torch.ones(8) + 1, cuda=False)"

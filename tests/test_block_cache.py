@@ -46,7 +46,7 @@ def run(backbone, batch, fill, phi=None, **options):
                                **options))
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", FAMILIES_RUN)
 def test_a_cache_that_is_always_refreshed_is_exact(name, adapted):
     backbone = tiny_backbone(name)

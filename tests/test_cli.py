@@ -272,6 +272,7 @@ def test_settings_of_the_inner_loop_can_be_changed_at_generation(cli, two_runs, 
 
 # ---- comparing -----------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_evaluate_groups_seeds_and_writes_numbers(cli, tmp_path):
     for seed in (0, 1):
         cli(train, *TINY, "--data", "languages", "--seed", seed, "--out", f"runs/{seed}")
@@ -585,8 +586,8 @@ def begin_and_run(code, goes_on=True, **options):
                             env={**os.environ, "PYTHONUNBUFFERED": ""}, **options)
 
 
-@pytest.mark.parametrize("names", [
-    ["encoding"], pytest.param(["pipe", "closed"], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [["encoding"], ["pipe", "closed"]], ids=str)
 def test_printing_never_ends_training(tmp_path, names):
     """The output has an encoding without emoji, a reader that goes away, or is closed."""
     pair = json.dumps({"prompt": "hi \U0001f600 there", "response": "b\xf6se \U0001f600"})

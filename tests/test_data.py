@@ -359,10 +359,14 @@ def test_a_template_that_fails_by_itself_is_one_line(folder):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("template", [
+ENDLESS = [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"]
+
+
+@pytest.mark.parametrize("template", [
     "{{ 'a' * 20000000000 }}", "{{ 'a'.center(20000000000) }}",
-    "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"])
+    *(pytest.param(template, marks=pytest.mark.slow) for template in ENDLESS)])
 def test_a_template_has_three_seconds_and_a_gigabyte(tiny_models, template):
     tokenizer = load_backbone(str(tiny_models / "llada-moe")).tokenizer
     good, tokenizer.hf.chat_template = tokenizer.hf.chat_template, template

@@ -417,7 +417,7 @@ def test_fuzz_checkpoints_of_runs(cli, tmp_path):
     assert loaded < MANY / 4
 
 
-@hypothesis_settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis_settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.dictionaries(
     st.sampled_from([f.name for f in fields(Settings)] + ["__class__", "nonsense"]),
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),

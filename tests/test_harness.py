@@ -86,7 +86,7 @@ CONTEXTS = ["Hi there, who are you and what?", "a", "What comes after three? I w
 
 
 @pytest.mark.parametrize("which", ["run", "llada-moe", "llada2.1-mini"])
-@pytest.mark.parametrize("adapt", [False, True])
+@pytest.mark.parametrize("adapt", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_batch_of_requests_is_answered_like_each_alone(place, which, adapt):
     """In their order, each with its own phi; and as generate.py answers."""
     model = open_harness(place, which, adapt=adapt, batch_size=3)

@@ -131,7 +131,7 @@ def test_a_wide_spelling_of_a_mask_is_no_mask(tmp_path):
 def test_fuzz(tmp_path, name):
     run, share = fuzz.FUZZERS[name]
     log = fuzz.Log()
-    run(int(300 * share) + 5, 1, tmp_path, log)
+    run(int(100 * share) + 5, 1, tmp_path, log)
     assert log.counts["taken"] and log.counts["refused"] and log.longest < 15, log.report()
 
 
