@@ -300,10 +300,11 @@ measured, and no other.) {headline}Means over seeds {seeds}, with standard error
 
 {picture}## What was missing: pairs that are masked together
 
-A pair is learned where a mask hides its value and leaves its key in sight. Of K disjoint masks one
-hides both words of a pair in about one pair of K. Nothing says then which value goes with which
-key. More rounds, each with new masks, take such pairs apart. Of 64 pairs, the headline's lever and
-the same with rounds, 1,000 steps, one seed; below, the better one in both orders, 3,000 steps:
+A pair is learned where a mask hides its value and leaves its key in sight. With K disjoint masks,
+about one pair in K has both words behind the same mask, and nothing says which value goes with
+which key. More rounds, each with new masks, take such pairs apart. Of 64 pairs, the headline's
+lever and the same with rounds, 1,000 steps, one seed; below, the better one in both orders, 3,000
+steps:
 
 {parts_table}
 
@@ -456,7 +457,7 @@ def draw_recall(results, path):
                   for run in results.get(f"steps {K}, {order}", {}).values()]
         if points:
             right.plot(*zip(*points), "o--", color=color, label=f"{order} order")
-    left.set(xscale="log", xlabel="pairs in the prompt", ylabel="answers right", ylim=(0, 1))
+    left.set(xscale="log", xlabel="pairs in the prompt", ylabel="answers right", ylim=(0, 1.03))
     left.set_xticks(MEASURED, MEASURED)
     right.set(xscale="log", xlabel="inner steps, 32 pairs, recipe of train.py")
     right.set_xticks((1, 2, 4, 8), (1, 2, 4, 8))
