@@ -48,6 +48,7 @@ from console import last_words
 from data import Sample, collate
 from files import read_json, write_json, write_text
 from memdlm import MemDLM
+from paper.report import to_markdown
 from paper.runs import worker_pool
 from runs import load_checkpoint, peak_memory, save_checkpoint
 from settings import Settings
@@ -92,21 +93,21 @@ def plan_settings(results):
     """
     plan = {f"lever {name}": RECIPE | dict(order="second") | change
             for name, change in LEVERS.items()}
-    best = choose_best(results, LEVERS)
-    for order in ("second", "first") if best else ():
-        plan[f"headline, {order}"] = RECIPE | LEVERS[best] | dict(order=order, steps=3000)
-    rounds = {name: RECIPE | LEVERS[best] | change for name, change in ROUNDS.items() if best}
-    plan |= {f"lever {name}": settings | dict(order="second") for name, settings in rounds.items()}
-    more = choose_best(results, ROUNDS)
-    for order in ("second", "first") if more else ():
-        plan[f"rounds, {order}"] = rounds[more] | dict(order=order, steps=3000)
+    if best := choose_best(results, LEVERS):
+        plan |= in_both_orders("headline", RECIPE | LEVERS[best] | dict(steps=3000))
+        rounds = {name: RECIPE | LEVERS[best] | change for name, change in ROUNDS.items()}
+        plan |= {f"lever {name}": s | dict(order="second") for name, s in rounds.items()}
+        if more := choose_best(results, ROUNDS):
+            plan |= in_both_orders("rounds", rounds[more] | dict(steps=3000))
     for K in (4, 2, 8, 1):
-        for order in ("second", "first"):
-            plan[f"steps {K}, {order}"] = RECIPE | dict(trajectory=f"cover:{K}", order=order)
+        plan |= in_both_orders(f"steps {K}", RECIPE | dict(trajectory=f"cover:{K}"))
     for eta in (0.003, 0.1):
-        for order in ("second", "first"):
-            plan[f"paper {eta:g}, {order}"] = OPEN | dict(inner_lr=eta, order=order)
+        plan |= in_both_orders(f"paper {eta:g}", OPEN | dict(inner_lr=eta))
     return plan
+
+
+def in_both_orders(name, settings):
+    return {f"{name}, {order}": settings | dict(order=order) for order in ("second", "first")}
 
 
 def choose_best(results, levers):
@@ -208,24 +209,26 @@ def measure_recall(s, model):
     """
     sources = {"alone": "nothing", "own": "prompt", "another": "another"}
     covers = s.trajectory.startswith("cover") and s.memory_from == "prompt"
-    recall = {way: {} for way in [*sources, *["apart", "together", "never apart"] * covers]}
+    recall = {}
     model.eval()
     for pairs in MEASURED:
-        right, together = {way: [] for way in sources}, []
+        right, never = {way: [] for way in sources}, []
         for start in range(0, SAMPLES, 32):
             names = [f"test {pairs} {number}" for number in range(start, start + 32)]
             batch = make_batch(names, pairs, s.closed_book)
             for way, source in sources.items():
                 phi = write_phi(model, s, source, batch)
                 right[way].append(mark_right(model, s, batch, phi)[batch.maskable])
-            together += [masked_together(s, batch)] * covers
+            if covers:
+                never.append(masked_together(s, batch))
         right = {way: torch.cat(parts).double() for way, parts in right.items()}
         if covers:
-            never = torch.cat(together)
+            never = torch.cat(never)
             right |= {"apart": right["own"][~never], "together": right["own"][never],
                       "never apart": never.double()}
         for way, values in right.items():
-            recall[way][str(pairs)] = float(values.mean()) if len(values) else None
+            share = float(values.mean()) if len(values) else None
+            recall.setdefault(way, {})[str(pairs)] = share
     return recall
 
 
@@ -309,8 +312,8 @@ steps:
 
 {parts_table}
 
-This was added when the headline was known, by the same rule, with fresh seeds {more_seeds}. The
-machine was busier, so compare its seconds with each other only:
+This was added when the headline was known, by the same rule, with fresh seeds {more_seeds}. Its
+seconds compare with those above only where the machine was as idle:
 
 {rounds_table}
 
@@ -382,7 +385,7 @@ def make_parts_table(results, best):
     rows = {name: f"lever {name}" for name in (best, *ROUNDS) if name}
     rows |= {f"rounds, {order} order, 3,000 steps": f"rounds, {order}"
              for order in ("first", "second")}
-    lines = [["", "never apart", "right if apart", "right if never", "right"], ["---"] * 5]
+    lines = [["", "never apart", "right if apart", "right if never", "right"]]
     for words, name in rows.items():
         recalls = [run["recall"] for run in results.get(name, {}).values()
                    if "apart" in run["recall"]]
@@ -390,13 +393,13 @@ def make_parts_table(results, best):
                    for way in ("never apart", "apart", "together", "own")]
         cells = [describe([x for x in values if x is not None]) for values in for_all]
         lines.append([words, *cells] if recalls else [words, "not run yet", *[""] * 3])
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return to_markdown(lines)
 
 
 def make_table(results, rows):
     """rows: {words: (name of the setting, way)} -> a table of recall, seconds and memory."""
     head = ["", *(f"{pairs} pairs" for pairs in MEASURED), "s per step", "minutes", "MiB"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for words, (name, way) in rows.items():
         runs = list(results.get(name, {}).values())
         if not runs:
@@ -409,7 +412,7 @@ def make_table(results, rows):
             words += f" (diverged after {steps:g} steps)"
         lines.append([words, *cells, f"{seconds / max(1, steps):.3f}", f"{seconds / 60:.1f}",
                       f"{max(run['memory'] for run in runs)}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return to_markdown(lines)
 
 
 def describe(values):
